@@ -1,0 +1,54 @@
+"""hf_freeze: freeze, adapt and unfreeze pretrained transformers models.
+
+The public names are loaded when they are first used, so that importing hf_freeze costs next to nothing. The PEFT method
+BOTTLENECK is registered with `BottleneckConfig`, and at once where PEFT has been imported already.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapters": ["BottleneckConfig"],
+    "callbacks": ["StagedUnfreezing"],
+    "errors": ["FreezeError"],
+    "freezing": ["freeze", "freeze_until", "frozen_modules", "trainable_summary", "unfreeze"],
+    "layers": ["LayerMap", "Segment", "layer_map"],
+    "optim": ["parameter_groups"],
+    "schedules": ["Stage", "UnfreezeSchedule"],
+    "selectors": ["select"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+if TYPE_CHECKING:
+    from .adapters import BottleneckConfig as BottleneckConfig
+    from .callbacks import StagedUnfreezing as StagedUnfreezing
+    from .errors import FreezeError as FreezeError
+    from .freezing import freeze as freeze
+    from .freezing import freeze_until as freeze_until
+    from .freezing import frozen_modules as frozen_modules
+    from .freezing import trainable_summary as trainable_summary
+    from .freezing import unfreeze as unfreeze
+    from .layers import LayerMap as LayerMap
+    from .layers import Segment as Segment
+    from .layers import layer_map as layer_map
+    from .optim import parameter_groups as parameter_groups
+    from .schedules import Stage as Stage
+    from .schedules import UnfreezeSchedule as UnfreezeSchedule
+    from .selectors import select as select
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]

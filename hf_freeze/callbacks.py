@@ -1,0 +1,115 @@
+"""What runs inside a transformers `Trainer`: thin callbacks that drive the engine.
+
+What lives here: `StagedUnfreezing`. What may not: the logic of stages (`engine.py`), of optimizers (`optim.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .engine import StageEngine
+from .errors import ScheduleError
+from .freezing import trainable_summary
+from .optim import unwrap
+from .schedules import PlannedStage, Stage, UnfreezeSchedule
+
+
+class StagedUnfreezing(TrainerCallback):
+    """Unfreezes a model in stages while a `Trainer` trains it.
+
+    Pass it to the Trainer's ``callbacks=``: it has to be there before the optimizer is built. What `freeze` has frozen
+    before stays frozen under a preset; a stage that names it trains it. Checkpoints are the Trainer's own, and load with
+    and without the callback; resuming takes up the stage that the step belongs to.
+
+    Args:
+        schedule: The schedule, or its stages.
+
+    Raises:
+        ScheduleError: when training begins: several processes, a scheduler without lambdas, a scheduled parameter that
+            the optimizer does not hold, or stages that do not fit the run.
+
+    Example:
+        >>> from hf_freeze import Stage
+        >>> callback = StagedUnfreezing([Stage(0, "head"), Stage("50%", "layers[-2:]", lr=2e-5)])
+    """
+
+    def __init__(self, schedule: UnfreezeSchedule | Sequence[Stage]) -> None:
+        self.schedule = schedule if isinstance(schedule, UnfreezeSchedule) else UnfreezeSchedule(schedule)
+        self.engine: StageEngine | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Unfreezes the union of all stages, so that the Trainer builds its optimizer over it."""
+        model = kwargs.get("model")
+        if model is not None:
+            self.engine = StageEngine(model, self.schedule.stages_for(model))
+            self.engine.prepare()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Regroups the optimizer in place and enters the stage of the step at which training begins."""
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ScheduleError("StagedUnfreezing runs in one process on one device so far. Start it with one process.")
+        model = kwargs["model"]
+        if self.engine is None or self.engine.model is not model:  # model_init has built a new model
+            self.engine = StageEngine(model, self.schedule.stages_for(model))
+        self.engine.attach(
+            unwrap(kwargs["optimizer"], "optimizer"),
+            unwrap(kwargs["lr_scheduler"], "scheduler"),
+            args.learning_rate,
+            state.max_steps,
+            _steps_per_epoch(kwargs.get("train_dataloader"), args),
+        )
+        self._enter(state, model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Enters the next stage when its step has come."""
+        self._enter(state, kwargs["model"])
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds the stage and the number of trainable parameters to the Trainer's logs and log history."""
+        if self.engine is None or self.engine.current is None:
+            return
+        own = {"freeze/stage": self.engine.current, "freeze/trainable_params": _trainable(kwargs["model"])}
+        kwargs["logs"].update(own)
+        state.log_history[-1].update(own)  # the Trainer has copied the logs into it already
+
+    def _enter(self, state: TrainerState, model: nn.Module) -> None:
+        assert self.engine is not None  # on_train_begin has made it
+        stage = self.engine.enter(state.global_step)
+        if stage is not None and state.is_world_process_zero:
+            tqdm.write(describe(stage, self.engine.stages.index(stage.stage), len(self.engine.stages), model))
+
+
+def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> str:
+    """Returns the line that announces a stage: what it unfreezes, how much trains, at what rates."""
+    summary = trainable_summary(model)
+    rates = sorted(set(stage.new.values()))
+    span = f"{rates[0]:.2g}" if len(rates) == 1 else f"{rates[0]:.2g} to {rates[-1]:.2g}" if rates else ""
+    verbs = [
+        f"+ {stage.stage.unfreeze}" if stage.stage.unfreeze else "",
+        f"- {stage.stage.freeze}" if stage.stage.freeze else "",
+    ]
+    return (
+        f"step {stage.step}: stage {index + 1} of {count}: {' '.join(filter(None, verbs))}: "
+        f"{summary.trainable:,} parameters train ({summary.share:.1%})" + (f", lr {span}" if span else "")
+    )
+
+
+def _trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _steps_per_epoch(loader: Any, args: TrainingArguments) -> float | None:
+    """Returns the optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
+    if loader is None or not hasattr(loader, "__len__"):
+        return None
+    return max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
