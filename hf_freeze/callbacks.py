@@ -24,8 +24,8 @@ class StagedUnfreezing(TrainerCallback):
     """Unfreezes a model in stages while a `Trainer` trains it.
 
     Pass it to the Trainer's ``callbacks=``: it has to be there before the optimizer is built. What `freeze` has frozen
-    before stays frozen under a preset; a stage that names it trains it. Checkpoints are the Trainer's own, and load with
-    and without the callback; resuming takes up the stage that the step belongs to.
+    before stays frozen under a preset; a stage that names it trains it. Checkpoints keep the Trainer's own layout;
+    resuming takes up the stage that the step belongs to.
 
     Args:
         schedule: The schedule, or its stages.

@@ -95,12 +95,8 @@ def load_corpus(
         if limit < len(label_names):
             raise DataError(f"A limit of {limit} leaves out some of {len(label_names)} classes: raise it to that many")
         splits["train"] = _sample(splits["train"], limit, seed)
-    index = {label: position for position, label in enumerate(label_names)}
-    made = {
-        split: Split(tuple(text for text, _ in rows), tuple(index[label] for _, label in rows))
-        for split, rows in splits.items()
-    }
-    return TextCorpus(name, label_names, made["train"], made["validation"], made["test"], seed)
+    train, validation, test = (_as_split(splits[split], label_names) for split in ("train", "validation", "test"))
+    return TextCorpus(name, label_names, train, validation, test, seed)
 
 
 def tokenize(
@@ -359,6 +355,11 @@ def _label_names(splits: Mapping[str, _Rows], name: str) -> tuple[str, ...]:
     if all(re.fullmatch(r"-?\d+", label) for label in known):
         return tuple(sorted(known, key=lambda label: (int(label), label)))
     return tuple(sorted(known))
+
+
+def _as_split(rows: _Rows, label_names: Sequence[str]) -> Split:
+    index = {label: position for position, label in enumerate(label_names)}
+    return Split(tuple(text for text, _ in rows), tuple(index[label] for _, label in rows))
 
 
 def _cut_missing(splits: dict[str, _Rows], seed: int) -> None:

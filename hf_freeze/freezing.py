@@ -8,8 +8,8 @@ frozen modules in eval mode. What may not: schedules, optimizers, anything that 
 A frozen parameter is more than ``requires_grad=False``. Its gradient is dropped, since AdamW moves a weight with a zero
 gradient (momentum, decay) but not one with None. Its module is in eval mode and stays so, since otherwise BatchNorm
 statistics drift and Dropout stays live: `Trainer` calls ``model.train()`` on every micro-batch, which undoes any
-``.eval()`` of yours. The guard is a module without parameters among the frozen module's children, whose ``train()`` puts
-its parent back into eval mode; state-dict keys, deepcopy, pickle and `torch.compile` do not notice it.
+``.eval()`` of yours. The guard is a module without parameters among the frozen module's children, whose ``train()``
+puts its parent back into eval mode; state-dict keys, deepcopy, pickle and `torch.compile` do not notice it.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _first_segment(layers: LayerMap, name: str) -> Segment:
 def frozen_modules(*modules: nn.Module) -> Iterator[None]:
     """Freezes modules inside a ``with`` block, and then restores exactly what was, also when the block raises.
 
-    Which parameters required a gradient, what gradients they held, each module's mode and earlier guards: all come back.
+    Which parameters required a gradient, what gradients they held, and each module's mode: all come back.
 
     Args:
         modules: The modules to freeze, wholly.
@@ -197,7 +197,7 @@ def frozen_modules(*modules: nn.Module) -> Iterator[None]:
 
 
 def _settle(model: nn.Module, newly_frozen: set[str]) -> None:
-    """Puts the guards where they belong now: in the largest wholly frozen modules that were, or are now, ours to keep."""
+    """Puts the guards where they belong now: in the largest wholly frozen modules that are ours to keep."""
     before = {module for unit in _guarded(model) for module in unit.modules()}
     ours = {id(parameter) for unit in _guarded(model) for parameter in unit.parameters()}
     ours |= {id(parameter) for name, parameter in model.named_parameters() if name in newly_frozen}

@@ -284,7 +284,7 @@ class _Places:
         return _Place(self._kind(name, stack), stack.name if stack else None)
 
     def _kind(self, name: str, stack: Stack | None) -> Kind:
-        """Tells what a module outside layers and heads is: by its name, else by standing before or behind the layers."""
+        """Tells what a module outside layers and heads is: by name, else by standing before or behind the layers."""
         parts = name.lower().split(".")
         if any(map(_POOLER.search, parts)):
             return "pooler"

@@ -5,8 +5,8 @@ one's own. What may not: deciding which rate or when (`schedules.py`, `engine.py
 
     optimizer's groups -> contiguous runs of parameters with one timeline -> groups and lambdas in place
 
-Groups are split into contiguous runs only, so that the order of the parameters in the flattened optimizer stays, which is
-what checkpoints map by; and checkpoints keep the groups they would have had: they load with and without the callback.
+Groups are split into contiguous runs only, so that the order of the parameters in the flattened optimizer stays, which
+is what checkpoints map by; and checkpoints keep the groups that they would have had without the split.
 """
 
 from __future__ import annotations

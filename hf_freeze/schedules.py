@@ -1,9 +1,9 @@
 """What is to train when: stages and schedules, as data.
 
-What lives here: `Stage`, `UnfreezeSchedule`, its presets and its YAML. What may not: optimizers, a Trainer, anything that
-runs. How data passes through:
+What lives here: `Stage`, `UnfreezeSchedule`, its presets and its YAML. What may not: optimizers, a Trainer, anything
+that runs. How data passes through:
 
-    UnfreezeSchedule -> stages for this model -> steps of this run -> tuple of PlannedStage, which the engine carries out
+    UnfreezeSchedule -> stages for this model -> steps of this run -> tuple of PlannedStage -> the engine
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class PlannedStage:
         step: The optimizer step before which it begins.
         stage: What was asked for.
         trainable: All that trains in it, by names in ``model.named_parameters()``.
-        new: What it unfreezes, each name with its learning rate (None: the Trainer's own) before the Trainer's schedule.
+        new: What it unfreezes, each name with its learning rate at the peak of the Trainer's schedule.
     """
 
     step: int
@@ -170,7 +171,7 @@ class UnfreezeSchedule:
             raise ScheduleError("A schedule has stages or a preset. Write UnfreezeSchedule([Stage(0, 'head'), ...]).")
         for unit in ("epoch", "step", "%"):
             starts = [number for number, own in map(_read_start, (s.start for s in self.stages)) if own == unit]
-            if any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+            if any(later <= earlier for earlier, later in pairwise(starts)):
                 raise ScheduleError(f"Stages out of order: they start at {starts} ({unit}). Write them ascending.")
 
     @classmethod

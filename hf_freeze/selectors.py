@@ -1,6 +1,6 @@
 """The selector language: strings that name parameters, the same in Python, YAML and on the command line.
 
-What lives here: reading an expression and resolving it on a model. What may not: freezing, or any other use of the names.
+What lives here: reading an expression and resolving it on a model. What may not: any use of the names, as freezing.
 How data passes through:
 
     "embeddings, layers[:8] - bias" -> terms with a sign -> each term's names on the layer map -> names in model order
@@ -103,7 +103,7 @@ def _evaluate(layers: LayerMap, expression: str) -> set[str]:
 
 
 def _resolve(layers: LayerMap, term: str) -> set[str]:
-    """Returns what one term names: a property of parameters, a segment, a pattern, or a module's or parameter's name."""
+    """Returns what one term names: a property of parameters, a segment, a pattern, a module or a parameter."""
     if term == "bias":
         found = {layers.aliases[name] for name in layers.aliases if re.search(r"(^|[._])bias$", name)}
     elif term == "norm":

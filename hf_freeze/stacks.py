@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from torch import nn
@@ -161,7 +160,9 @@ def _divide(paths: Sequence[tuple[str, ...]], start: int = 0) -> dict[str, tuple
     >>> _divide([("model", "vision", "blocks"), ("model", "text", "encoder", "layer")])
     {'model.vision.blocks': ('vision', 'model.vision'), 'model.text.encoder.layer': ('text', 'model.text')}
     """
-    common = len(commonprefix([path[start:] for path in paths])) + start
+    common = start
+    while len({path[common] for path in paths}) == 1:
+        common += 1
     groups: dict[str, list[tuple[str, ...]]] = {}
     for path in paths:
         groups.setdefault(path[common], []).append(path)

@@ -21,8 +21,8 @@ from .peft_method import PEFT_TYPE
 class BottleneckConfig(PeftConfig):
     """A bottleneck adapter behind transformer layers (Houlsby et al. 2019; placed as in Pfeiffer et al. 2020).
 
-    The adapter maps the hidden states ``h`` of shape (..., d) to ``h + up(act(down(dropout(h))))``, with ``down`` from d
-    to m and ``up`` from m to d. ``up`` starts at zero, so that a new adapter is the identity, bit for bit.
+    The adapter maps hidden states ``h`` of shape (..., d) to ``h + up(act(down(dropout(h))))``, with ``down`` from d to
+    m and ``up`` from m to d. ``up`` starts at zero, so that a new adapter is the identity, bit for bit.
 
     Args:
         reduction_factor: d / m, the width of the layer over the width of the bottleneck.

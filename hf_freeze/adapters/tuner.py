@@ -1,19 +1,19 @@
 """The tuner: how a bottleneck is attached to a model, switched, saved and loaded, by PEFT's contract.
 
-What lives here: `BottleneckLayer`, which holds the adapters of one layer, and `BottleneckModel`, which attaches them. What
-may not: the arithmetic (`modules.py`) and the choice of layers (`placement.py`). How data passes through:
+What lives here: `BottleneckLayer`, which holds the adapters of one layer, and `BottleneckModel`, which attaches them.
+What may not: the arithmetic (`modules.py`) and the choice of layers (`placement.py`). How data passes through:
 
     layer's output -> forward hook -> hidden states -> each active adapter -> the output with its hidden states changed
 
 An adapter is attached, not wrapped around: it is a child of the layer, fed by a forward hook. The layer's class, its
-attributes and the names of its parameters stay as they were, so that masks indexed by layer type, checkpoints and FSDP's
-wrapping by class go on working. The hook is prepended: transformers records `hidden_states` with hooks of its own,
-and one installed earlier would otherwise record the hidden states without the adapter.
+attributes and the names of its parameters stay as they were, so that masks indexed by layer type, checkpoints and
+FSDP's wrapping by class go on working. The hook is prepended: transformers records `hidden_states` with hooks of its
+own, and one installed earlier would otherwise record the hidden states without the adapter.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -66,9 +66,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.activations[name] = config.activation
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns `hidden`, of shape (..., d) or (batch, d, ...), as the active adapters leave it, one after the other."""
-        names: list[str] = self.active_adapters
-        active = [name for name in names if name in self.bottleneck_down]
+        """Returns `hidden`, of shape (..., d) or (batch, d, ...), as the active adapters leave it, one by one."""
+        active = [name for name in cast(list[str], self.active_adapters) if name in self.bottleneck_down]
         if self.disable_adapters or not active:
             return hidden
         if self._channels_second(hidden):
@@ -112,8 +111,8 @@ def adapt_output(layer: nn.Module, inputs: Any, output: Any) -> Any:
     if isinstance(output, tuple | list):
         return type(output)((adapter(output[0]), *output[1:]))
     raise AdapterError(
-        f"{type(layer).__name__} returns {type(output).__name__}, where an adapter needs a tensor or a tuple that starts "
-        f"with one. Leave this layer out with `layers=`."
+        f"{type(layer).__name__} returns {type(output).__name__}, where an adapter needs a tensor or a tuple that "
+        f"starts with one. Leave this layer out with `layers=`."
     )
 
 
@@ -122,7 +121,7 @@ class BottleneckModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: Any) -> BottleneckConfig:
         peft_config.target_modules = target_layers(self.model, peft_config.layers)

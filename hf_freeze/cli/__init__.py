@@ -1,0 +1,37 @@
+"""The command line: `hf-freeze demo | train | inspect`. One file a command, no logic in here.
+
+A user's mistake ends in one line with the mend and exit code 2; a run that succeeds ends with 0. Nothing heavy is
+imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from .demo import demo
+from .inspect import inspect
+from .train import train
+
+app = typer.Typer(
+    help="Freeze, adapt and unfreeze pretrained transformers models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, train, inspect):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs the command line; turns a `FreezeError` into one line and exit code 2."""
+    from ..errors import FreezeError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except FreezeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
