@@ -1,6 +1,7 @@
 """One fine-tuning run, from names to a result: what the command line, the demo and the examples share.
 
-What lives here: `FineTuning`, what a run is told, `fine_tune`, which carries it out, and saving and loading what it made.
+What lives here: `FineTuning`, what a run is told, `fine_tune`, which carries it out, and saving and loading what
+it made.
 What may not: reading data (`data.py`), and anything about how things look (`cli/`). How data passes through:
 
     model name + corpus -> model, frozen, adapted -> Trainer with StagedUnfreezing -> test metrics -> Outcome
@@ -179,7 +180,9 @@ def load(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{str(folder)!r} holds no run of hf_freeze ({error}). Name a folder that `train` wrote.") from error
+        raise DataError(
+            f"{str(folder)!r} holds no run of hf_freeze ({error}). Name a folder that `train` wrote."
+        ) from error
     if not (folder / "adapter_config.json").exists():
         return AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
     _, model = load_base(record["base_model"], tuple(record["labels"]))

@@ -19,7 +19,9 @@ SENTENCES = (
 
 def train(
     model: Annotated[str, typer.Option(help="A model folder, a hub name, or 'embedded'.")] = "embedded",
-    dataset: Annotated[str, typer.Option(help="A folder of texts, a CSV or JSON file, or a data set's name.")] = "embedded",
+    dataset: Annotated[
+        str, typer.Option(help="A folder of texts, a CSV or JSON file, or a data set's name.")
+    ] = "embedded",
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="The column that holds the label.")] = "label",
     freeze: Annotated[str | None, typer.Option(help="Selector of what does not train.")] = None,
