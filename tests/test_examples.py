@@ -1,0 +1,69 @@
+"""The examples: each is short, explains itself, runs, and shows what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SMALL = ["--limit", "40", "--epochs", "1", "--max-length", "16"]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_has_help(path, capsys):
+    assert len(path.read_text().splitlines()) < 120
+    with pytest.raises(SystemExit) as stopped:
+        load(path.stem).main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert load(path.stem).__doc__.splitlines()[0] in shown
+
+
+@pytest.mark.slow
+def test_trainer_staged_trains_its_stages_and_saves_the_model(tmp_path, capsys):
+    load("trainer_staged").main([*SMALL, "--output", str(tmp_path)])
+
+    shown = capsys.readouterr().out
+    trainable = [int(size.replace(",", "")) for size in re.findall(r"stage \d of 3: .* ([\d,]+) parameters", shown)]
+    assert len(trainable) == 3 and trainable == sorted(set(trainable))
+    assert re.search(r"test accuracy \d\.\d{3}", shown)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_trainer_staged_takes_data_and_a_schedule_of_ones_own(tmp_path, capsys):
+    rows = [f"{word} number {number},{label}" for number in range(20) for word, label in (("good", 1), ("bad", 0))]
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,stars", *rows]))
+    (tmp_path / "stages.yaml").write_text("stages:\n- {start: 0, unfreeze: head}\n- {start: 50%, unfreeze: pooler}\n")
+    data = ["--dataset", str(tmp_path / "reviews.csv"), "--text-column", "review", "--label-column", "stars"]
+
+    load("trainer_staged").main(
+        [*SMALL, *data, "--schedule", str(tmp_path / "stages.yaml"), "--output", str(tmp_path / "out")]
+    )
+
+    shown = capsys.readouterr().out
+    assert "stage 2 of 2: + pooler" in shown
+    assert re.search(r"test accuracy \d\.\d{3}", shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("api", ["peft", "transformers"])
+def test_adapters_load_back_and_switch_off_exactly(api, tmp_path, capsys):
+    load("adapters_peft").main([*SMALL, "--api", api, "--output", str(tmp_path)])
+
+    shown = capsys.readouterr().out
+    for promise in ("a new adapter is the identity", "loaded back, the same", "disabled, the base model's"):
+        assert re.search(rf"{promise}.*: True", shown), promise
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 1_000_000
