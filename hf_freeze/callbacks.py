@@ -6,17 +6,18 @@ What lives here: `StagedUnfreezing`. What may not: the logic of stages (`engine.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from .engine import StageEngine
 from .errors import ScheduleError
 from .freezing import trainable_summary
-from .optim import unwrap
 from .schedules import PlannedStage, Stage, UnfreezeSchedule
 
 
@@ -25,14 +26,19 @@ class StagedUnfreezing(TrainerCallback):
 
     Pass it to the Trainer's ``callbacks=``: it has to be there before the optimizer is built. What `freeze` has frozen
     before stays frozen under a preset; a stage that names it trains it. Checkpoints keep the Trainer's own layout;
-    resuming takes up the stage that the step belongs to.
+    resuming takes up the stage that the step belongs to. The logs hold ``freeze/stage``, which counts from 1, and
+    ``freeze/trainable_params``.
+
+    It is no `ExportableState`: with ``restore_callback_states_from_checkpoint=True`` the Trainer would make such a
+    callback anew, after the model has been prepared, and a checkpoint from before it was added could not be resumed.
 
     Args:
         schedule: The schedule, or its stages.
 
     Raises:
-        ScheduleError: when training begins: several processes, a scheduler without lambdas, a scheduled parameter that
-            the optimizer does not hold, or stages that do not fit the run.
+        ScheduleError: when the Trainer is made: several processes, a stage in which nothing trains; when training
+            begins: a scheduler without lambdas, a scheduled parameter that the optimizer does not hold, or stages that
+            do not fit the run.
 
     Example:
         >>> from hf_freeze import Stage
@@ -45,24 +51,22 @@ class StagedUnfreezing(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Unfreezes the union of all stages, so that the Trainer builds its optimizer over it."""
-        model = kwargs.get("model")
-        if model is not None:
-            self.engine = StageEngine(model, self.schedule.stages_for(model))
-            self.engine.prepare()
+        _refuse_several_devices(args)
+        if kwargs.get("model") is not None:
+            self._prepare(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Regroups the optimizer in place and enters the stage of the step at which training begins."""
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ScheduleError("StagedUnfreezing runs in one process on one device so far. Start it with one process.")
+        _refuse_several_devices(args)
         model = kwargs["model"]
-        if self.engine is None or self.engine.model is not model:  # model_init has built a new model
-            self.engine = StageEngine(model, self.schedule.stages_for(model))
+        if self.engine is None or self.engine.model is not model:  # added to the Trainer late; or `model_init`
+            self._prepare(model)
+        assert self.engine is not None
         self.engine.attach(
-            unwrap(kwargs["optimizer"], "optimizer"),
-            unwrap(kwargs["lr_scheduler"], "scheduler"),
-            args.learning_rate,
+            kwargs["optimizer"],
+            kwargs["lr_scheduler"],
             state.max_steps,
             _steps_per_epoch(kwargs.get("train_dataloader"), args),
         )
@@ -74,34 +78,51 @@ class StagedUnfreezing(TrainerCallback):
         """Enters the next stage when its step has come."""
         self._enter(state, kwargs["model"])
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives the optimizer its own groups back; the model stays in its last stage."""
+        if self.engine is not None:
+            self.engine.detach()
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the stage and the number of trainable parameters to the Trainer's logs and log history."""
         if self.engine is None or self.engine.current is None:
             return
-        own = {"freeze/stage": self.engine.current, "freeze/trainable_params": _trainable(kwargs["model"])}
+        own = {"freeze/stage": self.engine.current + 1, "freeze/trainable_params": _trainable(kwargs["model"])}
         kwargs["logs"].update(own)
         state.log_history[-1].update(own)  # the Trainer has copied the logs into it already
+
+    def _prepare(self, model: nn.Module) -> None:
+        self.engine = StageEngine(model, self.schedule.stages_for(model))
+        self.engine.prepare()
 
     def _enter(self, state: TrainerState, model: nn.Module) -> None:
         assert self.engine is not None  # on_train_begin has made it
         stage = self.engine.enter(state.global_step)
         if stage is not None and state.is_world_process_zero:
-            tqdm.write(describe(stage, self.engine.stages.index(stage.stage), len(self.engine.stages), model))
+            tqdm.write(describe(stage, self.engine.planned.index(stage), len(self.engine.planned), model))
 
 
 def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> str:
     """Returns the line that announces a stage: what it unfreezes, how much trains, at what rates."""
     summary = trainable_summary(model)
-    rates = sorted(set(stage.new.values()))
-    span = f"{rates[0]:.2g}" if len(rates) == 1 else f"{rates[0]:.2g} to {rates[-1]:.2g}" if rates else ""
-    verbs = [
-        f"+ {stage.stage.unfreeze}" if stage.stage.unfreeze else "",
-        f"- {stage.stage.freeze}" if stage.stage.freeze else "",
-    ]
+    rates = sorted(set(stage.rates.values()))
+    span = " to ".join(f"{rate:.2g}" for rate in dict.fromkeys([*rates[:1], *rates[-1:]]))
+    changes = [f"+ {stage.stage.unfreeze}" if stage.stage.unfreeze else ""]
+    changes += [f"- {stage.stage.freeze}" if stage.stage.freeze else ""]
     return (
-        f"step {stage.step}: stage {index + 1} of {count}: {' '.join(filter(None, verbs))}: "
+        f"step {stage.step}: stage {index + 1} of {count}: {textwrap.shorten(' '.join(changes).strip(), 100)}: "
         f"{summary.trainable:,} parameters train ({summary.share:.1%})" + (f", lr {span}" if span else "")
     )
+
+
+def _refuse_several_devices(args: TrainingArguments) -> None:
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise ScheduleError(
+            f"StagedUnfreezing runs in one process on one device so far, not in {args.world_size} with "
+            f"{args.n_gpu} GPUs. Start one process, with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def _trainable(model: nn.Module) -> int:
@@ -110,6 +131,6 @@ def _trainable(model: nn.Module) -> int:
 
 def _steps_per_epoch(loader: Any, args: TrainingArguments) -> float | None:
     """Returns the optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
-    if loader is None or not hasattr(loader, "__len__"):
+    if loader is None or not has_length(loader):
         return None
     return max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))

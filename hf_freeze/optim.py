@@ -1,29 +1,35 @@
 """Optimizers and learning-rate schedulers, regrouped in place.
 
-What lives here: splitting an optimizer's groups so that each part of a model has its own rate, and groups for loops of
-one's own. What may not: deciding which rate or when (`schedules.py`, `engine.py`). How data passes through:
+What lives here: splitting an optimizer's groups so that each part of a model has its own rate, undoing that, and groups
+for loops of one's own. What may not: deciding which rate or when (`schedules.py`, `engine.py`). How data passes
+through:
 
     optimizer's groups -> contiguous runs of parameters with one timeline -> groups and lambdas in place
 
 Groups are split into contiguous runs only, so that the order of the parameters in the flattened optimizer stays, which
-is what checkpoints map by; and checkpoints keep the groups that they would have had without the split.
+is what checkpoints map by; and checkpoints keep the groups and the rates that they would have had without the split.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
 
 from .errors import ScheduleError
 from .layers import layer_map
 from .schedules import depth_from_top
 
 Factor = Callable[[int], float]
+Group = dict[str, Any]
 
 
 def regroup(
@@ -31,39 +37,141 @@ def regroup(
     scheduler: Any,
     key_of: Callable[[nn.Parameter], Hashable],
     factor_of: Callable[[Any], Factor],
-) -> None:
+) -> Regrouping:
     """Splits the optimizer's groups in place, and gives each the scheduler's own lambda times a factor.
 
     Args:
         optimizer: The optimizer, unwrapped.
-        scheduler: Its `LambdaLR`, unwrapped, or None for a constant rate.
+        scheduler: Its `LambdaLR`, unwrapped.
         key_of: What a parameter is grouped by.
         factor_of: From a key to the factor on the learning rate as a function of the step.
+
+    Returns:
+        What undoes it.
 
     Raises:
         ScheduleError: the scheduler is no `LambdaLR` (ReduceLROnPlateau has no lambdas to scale).
     """
+    require_lambdas(scheduler)
+    groups: list[Group] = []
+    lambdas: list[Factor] = []
+    bases: list[float | torch.Tensor] = []
+    sizes: list[int] = []
+    for group, own, base in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
+        runs = [(key, list(run)) for key, run in groupby(group["params"], key=key_of)]
+        runs = runs or [((), [])]  # the Trainer makes a group without parameters where none of them decays
+        groups += [{**group, "params": run} for _, run in runs]
+        lambdas += [_scaled(own, factor_of(key)) for key, _ in runs]
+        bases += [base] * len(runs)
+        sizes.append(len(runs))
+    regrouping = Regrouping(optimizer, scheduler, sizes)
+    _install(optimizer, scheduler, groups, lambdas, bases)
+    return regrouping
+
+
+class Regrouping:
+    """A split of an optimizer's groups: hides it from checkpoints, and undoes it.
+
+    Args:
+        optimizer: The optimizer, not yet split.
+        scheduler: Its scheduler, not yet split.
+        sizes: Into how many groups each of the optimizer's groups is split.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, sizes: Sequence[int]) -> None:
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.sizes = tuple(sizes)
+        self.starts = tuple(accumulate(sizes[:-1], initial=0))
+        self._lambdas, self._bases = list(scheduler.lr_lambdas), list(scheduler.base_lrs)
+        self._hooks = [
+            optimizer.register_state_dict_post_hook(self._merge_state),
+            optimizer.register_load_state_dict_pre_hook(self._split_state),
+        ]
+        scheduler.state_dict = self._scheduler_state  # type: ignore[method-assign]
+
+    def undo(self, scheduler: LambdaLR | None = None) -> None:
+        """Gives the optimizer its own groups back.
+
+        Args:
+            scheduler: The optimizer's scheduler now, where it is another one. It was built over the split groups, as
+                the Trainer does after a run that was interrupted, and may have loaded a checkpoint since.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self.scheduler.__dict__.pop("state_dict", None)
+        lambdas, bases = self._lambdas, self._bases
+        if scheduler is not None and scheduler is not self.scheduler:
+            require_lambdas(scheduler)
+            lambdas, bases = self._whole(scheduler.lr_lambdas), self._whole(scheduler.base_lrs)
+        groups = self._merged(self.optimizer.param_groups)
+        _install(self.optimizer, scheduler or self.scheduler, groups, lambdas, bases)
+
+    def _whole(self, values: Sequence[Any]) -> list[Any]:
+        """Returns one value for each group of the optimizer's own, from as many, or from one for each split group."""
+        return list(values) if len(values) == len(self.sizes) else [values[start] for start in self.starts]
+
+    def _merged(self, split: Sequence[Group]) -> list[Group]:
+        ends = (start + size for start, size in zip(self.starts, self.sizes, strict=True))
+        return [
+            {**split[start], "params": [p for group in split[start:end] for p in group["params"]]}
+            for start, end in zip(self.starts, ends, strict=True)
+        ]
+
+    def _merge_state(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Post-hook of ``optimizer.state_dict()``: its own groups, each with the rate that it would have unsplit."""
+        rates = _rates_now(self.scheduler, self._lambdas, self._bases)
+        merged = self._merged(state["param_groups"])
+        state["param_groups"] = [{**group, "lr": rate} for group, rate in zip(merged, rates, strict=True)]
+
+    def _split_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """Pre-hook of ``optimizer.load_state_dict()``: splits what is loaded as the optimizer is split."""
+        if len(state["param_groups"]) != len(self.sizes):
+            return state  # torch says what is wrong
+        wholes = [group for group, size in zip(state["param_groups"], self.sizes, strict=True) for _ in range(size)]
+        params = iter([p for group in state["param_groups"] for p in group["params"]])
+        groups = [
+            {**whole, "lr": own["lr"], "params": [p for _, p in zip(own["params"], params, strict=False)]}
+            for whole, own in zip(wholes, optimizer.param_groups, strict=True)
+        ]
+        return {**state, "param_groups": groups}
+
+    def _scheduler_state(self) -> dict[str, Any]:
+        """The scheduler's ``state_dict()``, as it would be unsplit."""
+        whole = copy.copy(self.scheduler)
+        del whole.__dict__["state_dict"]
+        whole.lr_lambdas, whole.base_lrs = self._lambdas, self._bases
+        whole._last_lr = _rates_now(self.scheduler, self._lambdas, self._bases)
+        return whole.state_dict()
+
+
+def require_lambdas(scheduler: Any) -> None:
+    """Raises a `ScheduleError` where a scheduler is no `LambdaLR`, unwrapped."""
     if not isinstance(scheduler, LambdaLR):
         raise ScheduleError(
             f"{type(scheduler).__name__} can't be given a rate for each stage. Use a LambdaLR schedule: "
             f"lr_scheduler_type='linear', 'cosine' or 'constant'."
         )
-    groups: list[dict[str, Any]] = []
-    lambdas: list[Factor] = []
-    rates: list[float | torch.Tensor] = []
-    sizes: list[int] = []
-    for group, own, base in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
-        runs = [(key, list(run)) for key, run in groupby(group["params"], key=key_of)]
-        groups += [{**group, "params": run} for _, run in runs]
-        lambdas += [_scaled(own, factor_of(key)) for key, _ in runs]
-        rates += [base] * len(runs)
-        sizes.append(len(runs))
+
+
+def _install(
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    groups: Sequence[Group],
+    lambdas: list[Factor],
+    bases: list[float | torch.Tensor],
+) -> None:
+    """Puts groups in an optimizer, and their rates in its scheduler, without replacing either."""
+    for group, rate in zip(groups, _rates_now(scheduler, lambdas, bases), strict=True):
+        group["lr"] = rate
     optimizer.param_groups[:] = groups
-    scheduler.lr_lambdas, scheduler.base_lrs = lambdas, rates
-    for group, factor, base in zip(groups, lambdas, rates, strict=True):
-        group["lr"] = base * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in groups]
-    _keep_layout(optimizer, scheduler, sizes)
+    scheduler.lr_lambdas, scheduler.base_lrs = lambdas, bases
+    scheduler._last_lr = _rates_now(scheduler, lambdas, bases)
+
+
+def _rates_now(scheduler: LambdaLR, lambdas: list[Factor], bases: list[float | torch.Tensor]) -> list[Any]:
+    """Returns the rates as the scheduler itself computes them, to the last bit."""
+    return [base * factor(scheduler.last_epoch) for factor, base in zip(lambdas, bases, strict=True)]
 
 
 def _scaled(own: Factor, factor: Factor) -> Factor:
@@ -71,48 +179,11 @@ def _scaled(own: Factor, factor: Factor) -> Factor:
     return lambda step: own(step) * factor(step)
 
 
-def _keep_layout(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, sizes: Sequence[int]) -> None:
-    """Makes the state dicts of optimizer and scheduler come out, and go in, in the groups that they had before."""
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-
-    def merge(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        split = state["param_groups"]
-        state["param_groups"] = [
-            {**split[start], "params": [p for group in split[start : start + size] for p in group["params"]]}
-            for start, size in zip(starts, sizes, strict=True)
-        ]
-
-    def split(own: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        if len(state["param_groups"]) != len(sizes):
-            return state
-        groups, at = [], 0
-        for merged, size in zip(state["param_groups"], sizes, strict=True):
-            params = list(merged["params"])
-            for group in own.param_groups[at : at + size]:
-                count = len(group["params"])
-                groups.append({**merged, "lr": group["lr"], "params": params[:count]})
-                params = params[count:]
-            at += size
-        return {**state, "param_groups": groups}
-
-    optimizer.register_state_dict_post_hook(merge)
-    optimizer.register_load_state_dict_pre_hook(split)
-    whole = scheduler.state_dict
-
-    def state_dict() -> dict[str, Any]:
-        state = {key: value for key, value in whole().items() if key != "state_dict"}
-        for key in ("base_lrs", "_last_lr", "lr_lambdas"):
-            state[key] = [state[key][start] for start in starts]
-        return state
-
-    scheduler.state_dict = state_dict  # type: ignore[method-assign]
-
-
-def unwrap(wrapped: Any, attribute: str) -> Any:
+def unwrap(wrapped: Any) -> Any:
     """Returns what Accelerate has wrapped: an optimizer or a scheduler."""
-    while hasattr(wrapped, attribute) and type(wrapped).__module__.startswith("accelerate"):
-        wrapped = getattr(wrapped, attribute)
-    return wrapped
+    if isinstance(wrapped, AcceleratedOptimizer):
+        return wrapped.optimizer
+    return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
 
 
 def parameter_groups(
@@ -121,7 +192,7 @@ def parameter_groups(
     """Returns groups of what trains, with layer-wise rates, for an optimizer of one's own.
 
     The rate is `lr` behind the layers and falls by `layer_decay` with each layer further down (LLRD; Howard & Ruder
-    2018, section 3.1, divide by 2.6). Biases and normalisation do not decay, as in transformers' Trainer.
+    2018, section 3.1, divide by 2.6). What does not decay is what transformers' Trainer exempts: biases, normalisation.
 
     Args:
         model: Any model that has a `layer_map`.
@@ -135,18 +206,11 @@ def parameter_groups(
         >>> sorted({group["lr"] for group in parameter_groups(model, lr=1.0, layer_decay=0.5)})
         [0.125, 0.25, 0.5, 1.0]
     """
-    from .selectors import SelectorError, select
-
     layers = layer_map(model)
-    exempt: set[str] = set()
-    for selector in ("bias", "norm"):
-        try:
-            exempt |= set(select(layers, selector))
-        except SelectorError:  # Llama has no biases
-            continue
+    decays = set(Trainer.get_decay_parameter_names(None, model))  # the method makes no use of its trainer
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (lr * layer_decay ** depth_from_top(layers, name), 0.0 if name in exempt else weight_decay)
+            key = (lr * layer_decay ** depth_from_top(layers, name), weight_decay if name in decays else 0.0)
             groups.setdefault(key, {"params": [], "lr": key[0], "weight_decay": key[1]})["params"].append(parameter)
     return list(groups.values())
