@@ -10,14 +10,17 @@ gradient (momentum, decay) but not one with None. Its module is in eval mode and
 statistics drift and Dropout stays live: `Trainer` calls ``model.train()`` on every micro-batch, which undoes any
 ``.eval()`` of yours. The guard is a module without parameters among the frozen module's children, whose ``train()``
 puts its parent back into eval mode; state-dict keys, deepcopy, pickle and `torch.compile` do not notice it.
+
+Adapters are parts of their own: a layer with a frozen base is kept still while the adapters in it train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -28,12 +31,14 @@ from .selectors import Selector, select
 if TYPE_CHECKING:
     from rich.table import Table
 
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 class EvalGuard(nn.Module):
-    """Keeps the module that it is a child of in eval mode.
+    """Keeps its unit, the module that it is a child of, in eval mode.
 
-    ``module.train()`` sets the module's own flag and then calls ``train()`` on its children, the guard last, which
-    turns it back. What an adapter added to the module later trains on as it was told.
+    ``unit.train()`` sets the unit's own flag and then calls ``train()`` on its children, the guard last, which turns
+    back the unit and what is in it. Adapters in it train on as they were told, also those that are added later.
     """
 
     _unit: tuple[nn.Module]
@@ -41,7 +46,7 @@ class EvalGuard(nn.Module):
     def __init__(self, unit: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "_unit", (unit,))  # not a child: the unit is the parent
-        self.train(False)
+        self.train(unit.training)
 
     @property
     def unit(self) -> nn.Module:
@@ -49,27 +54,41 @@ class EvalGuard(nn.Module):
         return self._unit[0]
 
     def train(self, mode: bool = True) -> EvalGuard:
-        """Puts the guarded module in eval mode, whatever `mode` is."""
-        self.training = False
-        _still(self.unit)
+        """Puts the unit in eval mode, whatever `mode` is, and remembers `mode` for when the unit is released."""
+        self.asked = mode
+        for module in _without_adapters(self.unit):
+            module.training = False
         return self
+
+    def release(self) -> None:
+        """Takes the guard out, and gives the unit the mode that it was last asked to have."""
+        del self.unit._modules[GUARD]
+        self.unit.train(self.asked)
 
     def forward(self, *inputs: Any, **_: Any) -> Any:
         """Returns its first input: a model that calls its children one by one does not notice the guard."""
         return inputs[0] if inputs else None
 
 
-def _still(module: nn.Module) -> None:
-    """Puts `module` in eval mode, but for the adapters inside it, which train on their own."""
-    module.training = False
-    own = adapter_containers(module)
-    for name, child in module.named_children():
-        if name not in own:
-            _still(child)
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the children of `module`, but for those in which adapters are kept."""
+    containers = adapter_containers(module)
+    return (child for name, child in module.named_children() if name not in containers)
+
+
+def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields `module` and all modules in it, adapters aside."""
+    yield module
+    for child in _children(module):
+        yield from _without_adapters(child)
 
 
 def freeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
     """Freezes what a selector names, and keeps it still in train mode too.
+
+    A module that is wholly frozen is kept in eval mode: its Dropout is off, its BatchNorm statistics stand. A module
+    that is frozen in part (``"bias"``) keeps the model's mode, as does one that you froze by other means. So does
+    Dropout that a module with something left to train applies between frozen ones, as BART does behind its embeddings.
 
     Args:
         model: Any model that has a `layer_map`.
@@ -89,17 +108,17 @@ def freeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
         >>> model.train().bert.encoder.layer[0].training
         False
     """
-    names = select(model, selector)
+    layers = layer_map(model)
+    names = select(layers, selector)
     parameters = dict(model.named_parameters())
     for name in names:
-        parameters[name].requires_grad_(False)
-        parameters[name].grad = None
-    _settle(model, set(names))
+        _stop(parameters[name])
+    _settle(layers, names)
     return names
 
 
 def unfreeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
-    """Lets what a selector names train again; modules with nothing frozen left in them follow the model's mode.
+    """Lets what a selector names train again; modules that are no longer wholly frozen take up the model's mode.
 
     Args:
         model: Any model that has a `layer_map`.
@@ -112,7 +131,8 @@ def unfreeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
         SelectorError: the selector can't be read or names nothing, or names quantised weights, which have no
             gradient; nothing has been unfrozen.
     """
-    names = select(model, selector)
+    layers = layer_map(model)
+    names = select(layers, selector)
     parameters = dict(model.named_parameters())
     stuck = [name for name in names if not (parameters[name].is_floating_point() or parameters[name].is_complex())]
     if stuck:
@@ -122,12 +142,15 @@ def unfreeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
         )
     for name in names:
         parameters[name].requires_grad_(True)
-    _settle(model, set())
+    _settle(layers, ())
     return names
 
 
 def freeze_until(model: nn.Module, name: str) -> tuple[str, ...]:
-    """Freezes everything that stands before `name` on the depth axis; `name` itself and all behind it stay as they are.
+    """Freezes everything that stands before `name` on the depth axis; what `name` and all behind it own stays as it is.
+
+    A tied tensor goes with the segment that owns it: embeddings are frozen although a language model's head is tied to
+    them. With several stacks, the whole of a stack that comes earlier in the model stands before.
 
     Args:
         model: Any model that has a `layer_map`.
@@ -177,78 +200,95 @@ def frozen_modules(*modules: nn.Module) -> Iterator[None]:
         True
     """
     parameters = [(p, p.requires_grad, p.grad) for module in modules for p in module.parameters()]
-    modes = [(inner, inner.training) for module in modules for inner in module.modules()]
-    guards: list[nn.Module] = []
+    states = [(m, m.training, m._modules.get(GUARD)) for module in modules for m in module.modules()]
     try:
+        for parameter, _, _ in parameters:
+            _stop(parameter)
         for module in modules:
-            for parameter in module.parameters():
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            guards += _guard(module)
+            for unit in (module, *_adapter_units(module, {id(parameter) for parameter in module.parameters()})):
+                _guard(unit)
         yield
     finally:
-        for unit in guards:
-            delattr(unit, GUARD)
+        for inner, mode, guard in states:
+            inner._modules.pop(GUARD, None)
+            if guard is not None:
+                inner._modules[GUARD] = guard
+            inner.training = mode
         for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for inner, mode in modes:
-            inner.training = mode
 
 
-def _settle(model: nn.Module, newly_frozen: set[str]) -> None:
-    """Puts the guards where they belong now: in the largest wholly frozen modules that are ours to keep."""
-    before = {module for unit in _guarded(model) for module in unit.modules()}
-    ours = {id(parameter) for unit in _guarded(model) for parameter in unit.parameters()}
-    ours |= {id(parameter) for name, parameter in model.named_parameters() if name in newly_frozen}
-    for unit in _guarded(model):
-        delattr(unit, GUARD)
-    units = [*_frozen_units(model, ours), *_silent_modules(model, ours)]
-    still = {module for unit in units for module in unit.modules()}
-    for module in before - still:
-        module.training = model.training
-    for unit in units:
+def _stop(parameter: nn.Parameter) -> None:
+    parameter.requires_grad_(False)
+    parameter.grad = None
+
+
+def _settle(layers: LayerMap, newly_frozen: Collection[str]) -> None:
+    """Puts the guards where they belong now: in the largest wholly frozen modules that are ours to keep.
+
+    Ours is what a guard has kept so far and what has just been frozen, not what the user has frozen by other means.
+    """
+    model = layers.model
+    guards = [module for module in model.modules() if isinstance(module, EvalGuard)]
+    ours = {id(p) for guard in guards for inner in _without_adapters(guard.unit) for p in inner.parameters(False)}
+    ours |= {id(parameter) for name, parameter in model.named_parameters() if name in set(newly_frozen)}
+    for guard in guards:
+        guard.release()
+    units = [*_frozen_units(model, ours), *_adapter_units(model, ours)]
+    kept = {module for unit in units for module in unit.modules()}
+    for unit in (*units, *(module for module in _silent_modules(layers, ours) if module not in kept)):
         _guard(unit)
 
 
 def _frozen_units(module: nn.Module, ours: set[int]) -> Iterator[nn.Module]:
-    """Yields the largest modules in which no parameter trains and at least one is `ours`."""
-    parameters = list(module.parameters())
-    if not any(id(parameter) in ours for parameter in parameters):
-        return
-    if not any(parameter.requires_grad for parameter in parameters):
+    """Yields the largest modules that are wholly frozen, adapters aside."""
+    if _is_frozen(module, ours):
         yield module
-        return
-    for child in module.children():
-        yield from _frozen_units(child, ours)
+    else:
+        for child in _children(module):
+            yield from _frozen_units(child, ours)
 
 
-def _silent_modules(model: nn.Module, ours: set[int]) -> Iterator[nn.Module]:
+def _adapter_units(model: nn.Module, ours: set[int]) -> Iterator[nn.Module]:
+    """Yields the parts of each wholly frozen adapter: its matrices, and its dropout, which has no parameters."""
+    for module in model.modules():
+        held = [getattr(module, name, None) for name in adapter_containers(module)]
+        containers = [container for container in held if isinstance(container, nn.ModuleDict)]
+        for name in dict.fromkeys(name for container in containers for name in container):
+            parts = [container[name] for container in containers if name in container]
+            if _is_frozen(nn.ModuleList(parts), ours):
+                yield from parts
+
+
+def _is_frozen(module: nn.Module, ours: set[int]) -> bool:
+    """Tells whether nothing in `module` trains, adapters aside, and each part of it with parameters has one of ours."""
+    holds = False
+    for inner in _without_adapters(module):
+        if own := list(inner.parameters(recurse=False)):
+            holds = True
+            if any(parameter.requires_grad for parameter in own) or all(id(parameter) not in ours for parameter in own):
+                return False
+    return holds
+
+
+def _silent_modules(layers: LayerMap, ours: set[int]) -> Iterator[nn.Module]:
     """Yields modules without parameters (GPT-2's embedding dropout) whose whole segment is frozen and ours."""
-    layers = layer_map(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(layers.model.named_parameters())
     for segment in layers:
         held = [parameters[name] for name in layers.held_by(segment)]
-        if any(parameter.requires_grad or id(parameter) not in ours for parameter in held):
-            continue
-        for module in map(model.get_submodule, segment.module_names):
-            if next(module.parameters(), None) is None and not isinstance(module, EvalGuard):
-                yield module
+        if all(id(parameter) in ours and not parameter.requires_grad for parameter in held):
+            modules = map(layers.model.get_submodule, segment.module_names)
+            yield from (module for module in modules if next(module.parameters(), None) is None)
 
 
-def _guard(unit: nn.Module) -> list[nn.Module]:
-    """Puts a guard in `unit`, or in its items where it is a list; returns the modules that got one."""
-    if isinstance(unit, nn.Sequential | nn.ModuleList | nn.ModuleDict):  # a further item would be called in turn
-        unit.training = False
-        return [guarded for child in unit.children() for guarded in _guard(child)]
-    if hasattr(unit, GUARD):
-        return []
-    unit.add_module(GUARD, EvalGuard(unit))
-    return [unit]
-
-
-def _guarded(model: nn.Module) -> list[nn.Module]:
-    return [module.unit for module in model.modules() if isinstance(module, EvalGuard)]
+def _guard(unit: nn.Module) -> None:
+    """Puts a guard in `unit`, or in its items where it is a list, since a further item would be called in its turn."""
+    if isinstance(unit, _LISTS):
+        for child in unit.children():
+            _guard(child)
+    elif GUARD not in unit._modules:  # not hasattr: a wrapper, as torch.compile's, shows what the wrapped module has
+        unit._modules[GUARD] = EvalGuard(unit)
 
 
 @dataclass(frozen=True)
@@ -289,7 +329,8 @@ class Summary:
 
         table = Table(title=f"{self.model_class}: {self.trainable:,} of {self.parameters:,} train ({self.share:.2%})")
         for heading in ("segment", "class", "parameters", "trainable", "mode"):
-            table.add_column(heading, justify="right" if heading in ("parameters", "trainable") else "left")
+            justify: Literal["left", "right"] = "right" if heading in ("parameters", "trainable") else "left"
+            table.add_column(heading, justify=justify, overflow="fold")
         for row in self.rows:
             mode = "eval, kept" if row.still else ""
             table.add_row(row.segment, row.module_class, f"{row.parameters:,}", f"{row.trainable:,}", mode)
@@ -306,7 +347,7 @@ class Summary:
     def _repr_html_(self) -> str:
         from rich.console import Console
 
-        console = Console(record=True, width=100, quiet=True)
+        console = Console(record=True, width=100, file=io.StringIO())
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
@@ -322,7 +363,8 @@ def trainable_summary(model: nn.Module) -> Summary:
     """
     layers = layer_map(model)
     parameters = dict(model.named_parameters())
-    still = {module for unit in _guarded(model) for module in unit.modules()}
+    guarded = [module.unit for module in model.modules() if isinstance(module, EvalGuard)]
+    still = {module for unit in guarded for module in unit.modules()}
     rows = []
     for segment in layers:
         own = [parameters[name] for name in segment.parameter_names]
@@ -333,7 +375,7 @@ def trainable_summary(model: nn.Module) -> Summary:
                 " + ".join(dict.fromkeys(type(module).__name__ for module in modules)),
                 sum(parameter.numel() for parameter in own),
                 sum(parameter.numel() for parameter in own if parameter.requires_grad),
-                still=bool(modules) and still.issuperset(modules),
+                still=bool(modules) and all(inner in still or isinstance(inner, _LISTS) for inner in modules),
             )
         )
     return Summary(type(model).__name__, tuple(rows))

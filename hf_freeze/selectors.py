@@ -54,7 +54,7 @@ def select(model: nn.Module | LayerMap, selector: Selector) -> tuple[str, ...]:
         ('encoder.layer.1.output.dense.weight', 'encoder.layer.1.output.dense.bias')
     """
     layers = model if isinstance(model, LayerMap) else layer_map(model)
-    expressions = [selector] if isinstance(selector, str) else list(selector)
+    expressions = [*selector] if isinstance(selector, Iterable) and not isinstance(selector, str) else [selector]
     names: set[str] = set()
     for expression in expressions:
         names |= _evaluate(layers, expression)
@@ -63,7 +63,8 @@ def select(model: nn.Module | LayerMap, selector: Selector) -> tuple[str, ...]:
     return tuple(name for name, _ in layers.model.named_parameters() if name in names)
 
 
-_TOKEN = re.compile(r"\\.|[\[({]|[\])}]|,|\s-\s")
+# What a term is read over: an escape, an index or a character class, brackets that open and close, and the two signs.
+_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[({]|[)}]|,|(?<!\S)-(?!\S)")
 
 
 def parse(expression: str) -> tuple[tuple[str, str], ...]:
@@ -83,9 +84,9 @@ def parse(expression: str) -> tuple[tuple[str, str], ...]:
     terms: list[tuple[str, str]] = []
     sign, start, depth = ",", 0, 0
     for token in _TOKEN.finditer(expression):
-        text = token.group().strip()
-        depth += (text in "[({") - (text in "])}")
-        if text in ",-" and depth <= 0:
+        text = token.group()
+        depth = max(0, depth + (text in ("(", "{")) - (text in (")", "}")))
+        if text in (",", "-") and depth == 0:
             terms.append((sign, expression[start : token.start()].strip()))
             sign, start = text, token.end()
     terms.append((sign, expression[start:].strip()))
@@ -119,17 +120,24 @@ def _resolve(layers: LayerMap, term: str) -> set[str]:
     else:
         found = _segments(layers, term)
     if not found:
-        raise SelectorError(f"{term!r} matches no parameter of {type(layers.model).__name__}: {layers.outline}.")
+        raise SelectorError(
+            f"{term!r} matches no parameter of {type(layers.model).__name__}. It has names, to be matched as a whole, "
+            f"such as {next(iter(layers.aliases))!r}, and segments: {layers.outline}."
+        )
     return found
 
 
 def _segments(layers: LayerMap, term: str) -> set[str]:
     if found := layers.find(term):
         return {name for segment in found for name in layers.held_by(segment)}
+    stack, bracket, index = term.partition("[")
+    if bracket and layers.find(stack):
+        raise SelectorError(f"{term!r}: [{index} is an empty slice. The model has: {layers.outline}.")
+    hint = " A minus stands between spaces." if "-" in term else ""
     words = [*layers.names, "bias", *layers.aliases, *(name.rpartition(".")[0] for name in layers.aliases)]
     raise SelectorError(
         f"{term!r} names no segment, module or parameter of {type(layers.model).__name__}."
-        f"{nearest(term, words)} Its segments: {layers.outline}."
+        f"{nearest(term, words)}{hint} Its segments: {layers.outline}."
     )
 
 
