@@ -252,7 +252,7 @@ class UnfreezeSchedule:
                 return cls([_construct(Stage, stage) for stage in stages])
             case {"preset": {"name": "gradual", **options}, **rest} if not rest:
                 return cls(preset=_construct(Gradual, options))
-            case {"preset": {"name": name}}:
+            case {"preset": {"name": name}, **rest} if not rest and name != "gradual":
                 raise ScheduleError(f"Unknown preset {name!r}: there is 'gradual'.")
         raise ScheduleError(
             "A schedule in YAML has one key: 'stages' with a list ([{start: 0, unfreeze: head}]), or 'preset' "
