@@ -59,11 +59,11 @@ def regroup(
     sizes: list[int] = []
     for group, own, base in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
         runs = [(key, list(run)) for key, run in groupby(group["params"], key=key_of)]
-        runs = runs or [((), [])]  # the Trainer makes a group without parameters where none of them decays
-        groups += [{**group, "params": run} for _, run in runs]
-        lambdas += [_scaled(own, factor_of(key)) for key, _ in runs]
-        bases += [base] * len(runs)
-        sizes.append(len(runs))
+        # a group without parameters stays: the Trainer makes one where nothing that trains decays
+        groups += [{**group, "params": run} for _, run in runs] or [group]
+        lambdas += [_scaled(own, factor_of(key)) for key, _ in runs] or [own]
+        sizes.append(max(1, len(runs)))
+        bases += [base] * sizes[-1]
     regrouping = Regrouping(optimizer, scheduler, sizes)
     _install(optimizer, scheduler, groups, lambdas, bases)
     return regrouping
