@@ -1,0 +1,220 @@
+"""The stage machine in a plain PyTorch loop: what trains at each step, at what rate, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training import differing, names_in, tiny_bert, weights
+from transformers import get_scheduler
+
+from hf_freeze import Stage, select
+from hf_freeze.engine import StageEngine
+from hf_freeze.errors import ScheduleError, SelectorError
+
+RATE, STEPS = 0.01, 6
+INPUTS = {"input_ids": torch.arange(1, 9).view(2, 4), "labels": torch.tensor([0, 1])}
+
+
+class Loop:
+    """A training loop of one's own around an engine."""
+
+    def __init__(self, *stages: Stage, schedule: str = "constant") -> None:
+        self.model = tiny_bert()
+        self.engine = StageEngine(self.model, stages)
+        self.engine.prepare()
+        trains = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trains, lr=RATE, weight_decay=0.1)
+        self.scheduler = get_scheduler(schedule, self.optimizer, num_warmup_steps=2, num_training_steps=STEPS)
+        self.engine.attach(self.optimizer, self.scheduler, STEPS, steps_per_epoch=2)
+
+    def step(self, at: int) -> set[str]:
+        """Trains one step and returns the names of what it moved."""
+        before = weights(self.model)
+        self.engine.enter(at)
+        self.model.train()
+        self.model(**INPUTS).loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return set(differing(before, weights(self.model)))
+
+    def rate(self, name: str) -> float:
+        own = dict(self.model.named_parameters())[name]
+        return next(g["lr"] for g in self.optimizer.param_groups if any(p is own for p in g["params"]))
+
+
+TOP, HEAD = "bert.encoder.layer.2.output.dense.weight", "classifier.weight"
+
+
+# What trains
+
+
+def test_at_each_step_exactly_what_is_due_moves():
+    loop = Loop(Stage(0, "head"), Stage("2 steps", "layers[-1]"), Stage("4 steps", "layers[0]", freeze="head"))
+    head, top, bottom = (set(select(loop.model, term)) for term in ("head", "layers[-1]", "layers[0]"))
+    moved = [loop.step(at) for at in range(STEPS)]
+    assert moved == [head, head, head | top, head | top, top | bottom, top | bottom]
+
+
+def test_what_is_not_due_costs_the_optimizer_nothing():
+    loop = Loop(Stage(0, "head"), Stage("2 steps", "layers[-1]"))
+    loop.step(0)
+    assert {id(parameter) for parameter in loop.optimizer.state} == {id(p) for p in loop.model.classifier.parameters()}
+
+
+def test_prepare_unfreezes_the_union_and_freezes_the_rest():
+    model = tiny_bert()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    StageEngine(model, [Stage(0, "head"), Stage(1, "layers[0]"), Stage(2, freeze="head")]).prepare()
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == names_in(model, "classifier.", "bert.encoder.layer.0.")
+    assert not model.train().bert.embeddings.training
+
+
+def test_what_waits_is_in_eval_mode_until_it_is_due():
+    loop = Loop(Stage(0, "head"), Stage("2 steps", "layers[-1]"))
+    layers = loop.model.bert.encoder.layer
+    modes = []
+    for at in range(4):
+        loop.step(at)
+        modes.append([layers[0].training, layers[2].training, layers[2].output.dropout.training])
+    assert modes == [[False] * 3] * 2 + [[False, True, True]] * 2
+
+
+def test_a_stage_is_entered_once_and_from_any_step():
+    loop = Loop(Stage(0, "head"), Stage("2 steps", "layers[-1]"), Stage("4 steps", "all"))
+    assert [stage and stage.step for stage in map(loop.engine.enter, range(STEPS))] == [0, None, 2, None, 4, None]
+    assert loop.engine.enter(3).step == 2
+    assert {n for n, p in loop.model.named_parameters() if p.requires_grad} == loop.engine.planned[1].trainable
+
+
+# Rates
+
+
+def test_each_stage_has_its_rate_its_decay_and_its_warm_up():
+    """Trainer's own schedule (2 steps of warm-up, then linear to 0) times the stage's factor."""
+    loop = Loop(
+        Stage(0, "head", lr=0.1), Stage("2 steps", "layers[-1]", lr=0.02, layer_decay=0.5, warmup=3), schedule="linear"
+    )
+    rates = []
+    for at in range(STEPS):
+        rates.append((loop.rate(HEAD), loop.rate(TOP)))
+        loop.step(at)
+    own = [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]
+    warm = [1 / 3, 2 / 3, 1, 1]
+    assert [head for head, _ in rates] == pytest.approx([0.1 * factor for factor in own])
+    assert [top for _, top in rates[2:]] == pytest.approx(
+        [0.02 * 0.5 * a * b for a, b in zip(own[2:], warm, strict=True)]
+    )
+
+
+def test_a_later_stage_changes_the_rate_of_what_trains_already_without_warming_it_up():
+    loop = Loop(Stage(0, "head", lr=0.1), Stage("3 steps", "all", lr=0.01, warmup=2), schedule="linear")
+    rates = []
+    for at in range(5):
+        rates.append((loop.rate(HEAD), loop.rate(TOP)))
+        loop.step(at)
+    assert rates[2][0] == pytest.approx(0.1)
+    assert rates[3] == pytest.approx((0.01 * 3 / 4, 0.01 * 3 / 4 / 2))
+    assert rates[4] == pytest.approx((0.01 * 2 / 4, 0.01 * 2 / 4))
+
+
+@given(st.floats(1e-4, 1), st.floats(0.3, 1), st.integers(0, 5), st.integers(1, STEPS - 1), st.integers(0, STEPS - 1))
+@settings(deadline=None, max_examples=25)
+def test_the_rate_is_the_optimizers_own_times_the_formula(lr, decay, warmup, start, step):
+    loop = Loop(
+        Stage(0, "head"),
+        Stage(f"{start} steps", "layers[-1]", lr=lr, layer_decay=decay, warmup=warmup),
+        schedule="linear",
+    )
+    for _ in range(step):
+        loop.optimizer.step()
+        loop.scheduler.step()
+    schedule = min(step / 2, (STEPS - step) / (STEPS - 2))
+    assert loop.rate(HEAD) == pytest.approx(RATE * schedule)
+    if step >= start:
+        warm = min(1, (step - start + 1) / warmup) if warmup else 1
+        assert loop.rate(TOP) == pytest.approx(lr * decay * schedule * warm)
+
+
+def test_a_stages_rate_does_not_hang_on_the_optimizers():
+    """Its groups may have rates of their own: a stage without a rate keeps them, a stage with one gets just that."""
+    model = tiny_bert()
+    engine = StageEngine(model, [Stage(0, "head, pooler"), Stage("2 steps", "pooler", lr=0.5)])
+    engine.prepare()
+    groups = [
+        {"params": model.bert.pooler.parameters(), "lr": 0.2},
+        {"params": model.classifier.parameters(), "lr": 0.3},
+    ]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = get_scheduler("constant", optimizer)
+    engine.attach(optimizer, scheduler, total_steps=4, steps_per_epoch=None)
+    rates = []
+    for _ in range(3):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [pytest.approx([0.2, 0.3])] * 2 + [pytest.approx([0.5, 0.3])]
+
+
+# One run after another
+
+
+def test_detached_the_optimizer_has_its_own_groups_and_the_model_its_last_stage():
+    loop = Loop(Stage(0, "head"), Stage("2 steps", "layers[-1]", lr=0.1))
+    for at in range(4):
+        loop.step(at)
+    assert len(loop.optimizer.param_groups) > 1
+    loop.engine.detach()
+    assert len(loop.optimizer.param_groups) == 1
+    assert loop.model.bert.encoder.layer[2].output.dense.weight.requires_grad
+
+
+@pytest.mark.parametrize("detached", [True, False], ids=["ended", "interrupted"])
+def test_attached_again_it_starts_from_the_first_stage(detached):
+    loop = Loop(Stage(0, "head"), Stage("2 steps", "layers[-1]"))
+    head = loop.step(0)
+    loop.step(2)
+    if detached:
+        loop.engine.detach()
+    loop.scheduler = get_scheduler("constant", loop.optimizer)
+    loop.engine.attach(loop.optimizer, loop.scheduler, STEPS, 2)
+    assert loop.step(0) == head == set(select(loop.model, "head"))
+    assert len(loop.optimizer.state_dict()["param_groups"]) == 1
+    assert len(loop.scheduler.state_dict()["base_lrs"]) == 1
+
+
+# Refusals, before anything has been changed
+
+
+def test_a_parameter_that_the_optimizer_does_not_hold_is_refused():
+    model = tiny_bert()
+    engine = StageEngine(model, [Stage(0, "head"), Stage(1, "layers[-1]")])
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=RATE)
+    with pytest.raises(ScheduleError, match=r"'bert.encoder.layer.2.*' and 15 more are scheduled but not in the opt"):
+        engine.attach(optimizer, get_scheduler("constant", optimizer), 4, 2)
+    assert len(optimizer.param_groups) == 1 and engine.planned == ()
+
+
+def test_a_rate_of_zero_is_refused():
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    with pytest.raises(ScheduleError, match=r"own rate of '.*' is 0.0. Give a positive one"):
+        StageEngine(model, [Stage(0, "head", lr=0.1)]).attach(optimizer, get_scheduler("constant", optimizer), 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("stages", "error"),
+    [
+        ([Stage(0, "head", freeze="head")], ScheduleError),
+        ([Stage(0, "head"), Stage(1, "no.such.part")], SelectorError),
+        ([Stage(0, "head"), Stage(1, freeze="no.such.part")], SelectorError),
+    ],
+)
+def test_what_can_not_be_carried_out_leaves_the_model_as_it_was(stages, error):
+    model = tiny_bert()
+    with pytest.raises(error):
+        StageEngine(model, stages).prepare()
+    assert all(parameter.requires_grad for parameter in model.parameters())
