@@ -1,4 +1,4 @@
-"""What an adapter is told to be: `BottleneckConfig`, a `peft.PeftConfig`.
+"""What an adapter is told to be: `BottleneckConfig`, a `peft.PeftConfig`, and the presets of the literature.
 
 What lives here: the fields and their validation, which raises before any model has been touched. What may not: modules,
 and where an adapter goes.
@@ -8,60 +8,167 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from ..errors import AdapterError, nearest
+from ..selectors import parse
 from .peft_method import PEFT_TYPE
+
+Placement = Literal["layer", "pfeiffer", "houlsby", "parallel"]
+Init = Literal["mam", "houlsby", "bert"]
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}  # where transformers' HfArgumentParser looks for it
 
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """A bottleneck adapter behind transformer layers (Houlsby et al. 2019; placed as in Pfeiffer et al. 2020).
+    """A bottleneck adapter in transformer layers (Houlsby et al. 2019, arXiv:1902.00751).
 
-    The adapter maps hidden states ``h`` of shape (..., d) to ``h + up(act(down(dropout(h))))``, with ``down`` from d to
-    m and ``up`` from m to d. ``up`` starts at zero, so that a new adapter is the identity, bit for bit.
+    An adapter adds to hidden states of width d what it makes of an input ``u`` (..., d); m = d / reduction_factor:
+
+        delta(u) = scaling * up(act(down(u)))        down: d -> m, up: m -> d
+
+    Where it goes, for a sub-layer with input x and output y, ``x + y`` being normalised behind (post-norm) or not:
+
+    | placement | what is changed |
+    |---|---|
+    | ``layer`` | the layer's output: ``h + delta(h)``; on every architecture |
+    | ``pfeiffer`` | feed-forward: ``norm(x + y + delta(norm(x + y)))`` (Pfeiffer et al. 2021, arXiv:2005.00247) |
+    | ``houlsby`` | attention and feed-forward, each: ``y + delta(y)`` |
+    | ``parallel`` | feed-forward: ``y + delta(x)`` (He et al. 2022, arXiv:2110.04366, table 1) |
 
     Args:
-        reduction_factor: d / m, the width of the layer over the width of the bottleneck.
+        reduction_factor: d / m, or one for each part of the model: ``{"layers[:6]": 32, "layers[6:]": 8}``.
         bottleneck_size: m itself, instead of `reduction_factor`.
-        activation: The nonlinearity, by its name in transformers.
-        dropout: The probability with which an input of the adapter is zeroed in training.
-        layers: Which layers get an adapter, as a selector of layers: ``"layers"``, ``"layers[4:]"``.
+        placement: See above.
+        activation: The nonlinearity ``act``, by its name in transformers.
+        scaling: A number, ``"learned"`` (one number an adapter), or ``"channel"`` (d numbers; arXiv:2406.06820).
+        init: ``"mam"``: up = 0, so that a new adapter is the identity, bit for bit (He et al. 2022); ``"houlsby"``:
+            both normal with std 0.01, cut off at 0.02, close to the identity; ``"bert"``: normal with std 0.02.
+        dropout: The probability with which an element of ``delta`` is zeroed in training.
+        stochastic_depth: The probability with which ``delta`` is left out for a whole sample in training.
+        layer_norm_before: Whether a new LayerNorm stands before ``down``.
+        layer_norm_after: Whether a new LayerNorm stands behind ``up``.
+        gating: Whether ``delta`` is scaled by ``mean_over_positions(sigmoid(linear(u)))`` (UniPELT, arXiv:2110.07577).
+        cross_attention: With ``houlsby``: whether cross-attention gets an adapter as well.
+        phm_dim: n, to make both projections sums of n Kronecker products (Compacter, arXiv:2106.04647, equation 5).
+        phm_rank: The rank of the factors of these products.
+        fusion: Names of loaded adapters; this one then learns to mix them by attention (AdapterFusion,
+            arXiv:2005.00247, section 3.2) and has no bottleneck of its own.
+        layers: Which layers get an adapter, as a selector: ``"layers[4:]"`` drops it from the lower ones (AdapterDrop).
         modules_to_save: Modules outside the adapters that train and are saved with them, such as the classifier.
+        thawed: Written on saving: the base model's own tensors in the file, since they were trained with the adapter.
 
     Raises:
-        AdapterError: a size below 1, a dropout outside [0, 1), an unknown activation.
+        AdapterError: a value out of its range, with what is expected. SelectorError: a selector that can't be read.
 
     Example:
         >>> BottleneckConfig(bottleneck_size=48).width(384)
         48
     """
 
-    reduction_factor: float = field(default=16, metadata={"help": "Layer width over bottleneck width (Houlsby 2019)."})
-    bottleneck_size: int | None = field(default=None, metadata={"help": "Bottleneck width; beats reduction_factor."})
-    activation: str = field(default="relu", metadata={"help": "The nonlinearity, by its name in transformers."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in training."})
-    layers: str = field(default="layers", metadata={"help": "The layers that get an adapter, as a selector."})
+    reduction_factor: float | dict[str, float] = field(
+        default=16, metadata=_help("Layer width over bottleneck width, or one a selector.")
+    )
+    bottleneck_size: int | None = field(default=None, metadata=_help("Bottleneck width; beats reduction_factor."))
+    placement: Placement = field(
+        default="layer", metadata=_help("Where adapters go: layer, pfeiffer, houlsby or parallel.")
+    )
+    activation: str = field(default="relu", metadata=_help("The nonlinearity, by its name in transformers."))
+    scaling: float | str = field(
+        default=1.0, metadata=_help("Factor on what an adapter adds: a number, 'learned' or 'channel'.")
+    )
+    init: Init = field(default="mam", metadata=_help("How the projections start: mam (identity), houlsby or bert."))
+    dropout: float = field(default=0.0, metadata=_help("Dropout on what an adapter adds, in training."))
+    stochastic_depth: float = field(
+        default=0.0, metadata=_help("Probability that a sample skips the adapter, in training.")
+    )
+    layer_norm_before: bool = field(default=False, metadata=_help("A new LayerNorm before the bottleneck."))
+    layer_norm_after: bool = field(default=False, metadata=_help("A new LayerNorm behind the bottleneck."))
+    gating: bool = field(default=False, metadata=_help("A learned gate on what an adapter adds."))
+    cross_attention: bool = field(default=False, metadata=_help("With houlsby: adapters behind cross-attention too."))
+    phm_dim: int | None = field(
+        default=None, metadata=_help("Kronecker products in each projection (Compacter); None for plain ones.")
+    )
+    phm_rank: int = field(default=1, metadata=_help("Rank of the factors of the Kronecker products."))
+    fusion: list[str] | None = field(
+        default=None, metadata=_help("Loaded adapters that this one mixes (AdapterFusion).")
+    )
+    layers: str = field(default="layers", metadata=_help("The layers that get an adapter, as a selector."))
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that train and are saved besides the adapters: the classifier."}
+        default=None, metadata=_help("Modules that train and are saved besides the adapters.")
+    )
+    thawed: list[str] | None = field(
+        default=None, metadata=_help("Written on saving: base tensors that were trained and are in the file.")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.target_modules: Any = None  # resolved from `layers` on the model; PEFT's own machinery reads it
-        if self.bottleneck_size is not None and self.bottleneck_size < 1:
-            raise AdapterError(f"bottleneck_size={self.bottleneck_size}: an adapter needs a size of at least 1.")
-        if not (math.isfinite(self.reduction_factor) and self.reduction_factor > 0):
-            raise AdapterError(f"reduction_factor={self.reduction_factor}: write a positive number, such as 16.")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"dropout={self.dropout}: write a probability from 0 up to but without 1.")
-        if self.activation not in ACT2FN:
-            raise AdapterError(f"activation={self.activation!r} is unknown.{nearest(self.activation, ACT2FN)}")
+        self.target_modules: Any = None  # resolved on the model; PEFT's own machinery reads it
+        for name, known in (("placement", get_args(Placement)), ("init", get_args(Init)), ("activation", ACT2FN)):
+            value = getattr(self, name)
+            if value not in known:
+                choice = f" Write one of {', '.join(known)}." if len(known) < 9 else ""
+                raise AdapterError(f"{name}={value!r} is unknown.{nearest(str(value), known)}{choice}")
+        self._check_sizes()
+        for name in ("dropout", "stochastic_depth"):
+            if not 0 <= getattr(self, name) < 1:
+                raise AdapterError(f"{name}={getattr(self, name)}: write a probability from 0 up to but without 1.")
+        if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
+            raise AdapterError(f"scaling={self.scaling!r}: write a number, 'learned' or 'channel'.")
+        if self.fusion is not None and len(self.fusion) < 2:
+            raise AdapterError(f"fusion={self.fusion}: name two loaded adapters or more.")
+        parse(self.layers)
 
-    def width(self, hidden_size: int) -> int:
-        """Returns the bottleneck's width m for a layer of width d = `hidden_size`; at least 1."""
-        return self.bottleneck_size or max(1, int(hidden_size / self.reduction_factor))
+    def _check_sizes(self) -> None:
+        for name in ("bottleneck_size", "phm_dim", "phm_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AdapterError(f"{name}={value}: an adapter needs a size of at least 1.")
+        factors = self.reduction_factor
+        if isinstance(factors, dict):
+            if not factors:
+                raise AdapterError("reduction_factor={}: name layers, such as {'layers[:6]': 32, 'layers[6:]': 8}.")
+            for selector in factors:
+                parse(selector)
+        for factor in factors.values() if isinstance(factors, dict) else [factors]:
+            if not (math.isfinite(factor) and factor > 0):
+                raise AdapterError(f"reduction_factor={factor}: write a positive number, such as 16.")
+
+    def width(self, hidden_size: int, reduction_factor: float | None = None) -> int:
+        """Returns the bottleneck's width m for a width d = `hidden_size`; at least 1, and a multiple of `phm_dim`.
+
+        Args:
+            hidden_size: d.
+            reduction_factor: The factor where it differs from part to part of the model.
+        """
+        factor = reduction_factor if reduction_factor is not None else self.reduction_factor
+        size = self.bottleneck_size or max(1, int(hidden_size / factor))  # type: ignore[operator]
+        return size if self.phm_dim is None else max(1, round(size / self.phm_dim)) * self.phm_dim
+
+    @classmethod
+    def houlsby(cls, **options: Any) -> BottleneckConfig:
+        """Returns the adapter of Houlsby et al. (2019): behind attention and feed-forward, swish, d / m = 16."""
+        return cls(**{"placement": "houlsby", "activation": "swish", "reduction_factor": 16, **options})
+
+    @classmethod
+    def pfeiffer(cls, **options: Any) -> BottleneckConfig:
+        """Returns the adapter of Pfeiffer et al. (2021): behind feed-forward, relu, d / m = 16."""
+        return cls(**{"placement": "pfeiffer", "activation": "relu", "reduction_factor": 16, **options})
+
+    @classmethod
+    def parallel(cls, **options: Any) -> BottleneckConfig:
+        """Returns the adapter of He et al. (2022): beside feed-forward, relu, d / m = 2, scaled by 4."""
+        return cls(**{"placement": "parallel", "activation": "relu", "reduction_factor": 2, "scaling": 4.0, **options})
+
+    @classmethod
+    def compacter(cls, **options: Any) -> BottleneckConfig:
+        """Returns Compacter (Mahabadi et al. 2021): as Houlsby, of 4 rank-one Kronecker products, gelu, d / m = 32."""
+        preset = {"placement": "houlsby", "activation": "gelu", "reduction_factor": 32, "phm_dim": 4}
+        return cls(**{**preset, **options})

@@ -1,43 +1,139 @@
-"""Where an adapter goes: behind which layers, and how wide those layers are.
+"""Where adapters go: from a config to the modules of a model that get one.
 
-What lives here: the way from the layer map to module names. What may not: building or attaching anything.
+What lives here: `Site`, `find_sites`, and how wide a layer's hidden states are. What may not: building or attaching
+anything. How data passes through:
+
+    selector -> layers -> their sub-layers (`sublayers.py`) -> watched for one pass -> a Site for each adapter
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from ..errors import AdapterError
-from ..layers import is_norm, layer_map
+from ..layers import LayerMap, Segment, is_norm, layer_map
 from ..selectors import parse
+from .config import BottleneckConfig
+from .sublayers import Pass, SubLayers, find_sublayers, watch
+
+Reads = Literal["output", "norm", "entry"]
 
 
-def target_layers(model: nn.Module, selector: str) -> list[str]:
-    """Returns the modules behind which adapters go: the last module of each layer that `selector` names.
+@dataclass(frozen=True)
+class Site:
+    """One place that gets an adapter.
 
-    Args:
-        model: The model.
-        selector: Terms of the selector language that name layers, joined by commas and minuses.
+    Attributes:
+        module: The module whose output is changed.
+        width: The width d of its hidden states.
+        size: The width m of the bottleneck.
+        reads: What the adapter reads: the ``output`` itself; the output of a closing ``norm``, in which case it adds to
+            the norm's input; or what went into the sub-layer at its ``entry``.
+        entry: The module whose input is read, with ``reads="entry"``.
+    """
+
+    module: str
+    width: int
+    size: int
+    reads: Reads = "output"
+    entry: str | None = None
+
+
+def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
+    """Returns the places in `model` that get an adapter by `config`, by the name of the module, in depth order.
 
     Raises:
-        AdapterError: the model has no layers, or the selector names something that is no layer.
-        SelectorError: a term names nothing, or an index lies outside the stack.
+        AdapterError: the model has no layers, the selector names something that is no layer, a reduction factor is
+            missing, or a layer has no sub-layer of the kind that the placement needs.
+        SelectorError: a term of a selector names nothing, or an index lies outside the stack.
     """
     layers = layer_map(model)
+    blocks = {block_of(segment): _factor(layers, config, segment) for segment in target_layers(layers, config.layers)}
+    if config.placement == "layer":
+        sites = [_site(model, config, block, block, factor) for block, factor in blocks.items()]
+    else:
+        parts = {block: find_sublayers(model, block, width_of(model, block)) for block in blocks}
+        seen = watch(model, parts)
+        sites = [
+            _site(model, config, block, module, factor, reads, entry)
+            for block, factor in blocks.items()
+            for module, reads, entry in _modules(config, block, parts[block], seen)
+        ]
+    return {site.module: site for site in sites}
+
+
+def target_layers(layers: LayerMap, selector: str) -> list[Segment]:
+    """Returns the layers that `selector` names, in the order in which it names them.
+
+    Raises:
+        AdapterError: the model has no layers, or the selector names something that is no layer, or leaves none.
+        SelectorError: a term names nothing, or an index lies outside the stack.
+    """
     if not layers.stacks:
-        raise AdapterError(f"{type(model).__name__} has no stack of layers to put adapters behind.")
-    chosen: list[str] = []
+        raise AdapterError(f"{type(layers.model).__name__} has no stack of layers to put adapters behind.")
+    chosen: list[Segment] = []
     for sign, term in parse(selector):
-        segments = layers[term]
+        segments = list(layers[term])
         if others := [segment.name for segment in segments if segment.kind != "layer"]:
             raise AdapterError(f"layers={selector!r} names {others[0]!r}, which is no layer. Write e.g. 'layers[4:]'.")
-        names = [_last_block(segment.module_names) for segment in segments]
-        chosen = chosen + names if sign == "," else [name for name in chosen if name not in names]
+        known = [segment for segment in chosen if segment not in segments]
+        chosen = known + segments if sign == "," else known
     if not chosen:
         raise AdapterError(f"layers={selector!r} leaves no layer to put an adapter behind.")
-    return list(dict.fromkeys(chosen))
+    return chosen
+
+
+def block_of(segment: Segment) -> str:
+    """Returns the module that puts out a layer's hidden states: the last of its modules that is an item of a list."""
+    blocks = [name for name in segment.module_names if name.rpartition(".")[2].isdigit()]
+    return (blocks or list(segment.module_names))[-1]
+
+
+def _factor(layers: LayerMap, config: BottleneckConfig, segment: Segment) -> float | None:
+    """Returns the reduction factor of a layer, by the first selector that names it."""
+    if config.bottleneck_size is not None or not isinstance(config.reduction_factor, dict):
+        return None
+    for selector, factor in config.reduction_factor.items():
+        if segment in target_layers(layers, selector):
+            return factor
+    raise AdapterError(
+        f"reduction_factor names no factor for {segment.name!r}. Add one, such as {{'layers': 16}} at the end."
+    )
+
+
+def _modules(config: BottleneckConfig, block: str, parts: SubLayers, seen: Pass) -> list[tuple[str, Reads, str | None]]:
+    """Returns the modules of one layer that get an adapter, each with what the adapter reads."""
+    closing = seen.closing_norms.get(block)
+    if config.placement == "pfeiffer":
+        found: list[tuple[str, Reads, str | None]] = [(closing, "norm", None) if closing else (block, "output", None)]
+    elif config.placement == "parallel":
+        found = [(parts.feed_forward, "entry", parts.entry if closing else seen.norms_before.get(block, parts.entry))]
+    else:
+        attention = (*parts.attention, *(parts.cross_attention if config.cross_attention else ()))
+        found = [(module, "output", None) for module in (*attention, parts.feed_forward)]
+    if silent := [module for module, *_ in found if module not in seen.called]:
+        raise AdapterError(
+            f"{silent[0]!r} is bypassed in the forward pass, so an adapter there would do nothing. "
+            f"Use placement='layer', or leave the layer out with `layers=`."
+        )
+    return found
+
+
+def _site(
+    model: nn.Module,
+    config: BottleneckConfig,
+    block: str,
+    module: str,
+    factor: float | None,
+    reads: Reads = "output",
+    entry: str | None = None,
+) -> Site:
+    width = width_of(model, block)
+    return Site(module, width, config.width(width, factor), reads, entry)
 
 
 def width_of(model: nn.Module, name: str) -> int:
@@ -70,12 +166,6 @@ def width_of(model: nn.Module, name: str) -> int:
 def holds_convolutions(layer: nn.Module) -> bool:
     """Tells a layer whose hidden states may be (batch, channels, height, width) from one where channels come last."""
     return any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in layer.modules())
-
-
-def _last_block(names: tuple[str, ...]) -> str:
-    """Returns the module that puts out the layer's hidden states: the last of its modules that is an item of a list."""
-    blocks = [name for name in names if name.rpartition(".")[2].isdigit()]
-    return (blocks or list(names))[-1]
 
 
 def _configured(model: nn.Module, name: str) -> int | None:

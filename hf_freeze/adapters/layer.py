@@ -1,0 +1,313 @@
+"""The adapters of one place in a model, and the hooks that feed them.
+
+What lives here: `BottleneckLayer`, PEFT's tuner layer, and how it is attached to a module and taken out again. What may
+not: the arithmetic (`modules.py`), and which module it is (`placement.py`). How data passes through:
+
+    module's output -> forward hook -> hidden states -> each active adapter -> the output with its hidden states changed
+
+An adapter is attached, not wrapped around: it is a child of the module, fed by a forward hook. The module's class, its
+attributes and the names of its parameters stay as they were, so that masks indexed by layer type, checkpoints and
+FSDP's wrapping by class go on working. The hook is prepended: transformers records `hidden_states` with hooks of its
+own, and one installed earlier would otherwise record the hidden states without the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..errors import AdapterError
+from .config import BottleneckConfig
+from .modules import StochasticDepth, gate, mix, new_rule, projection, reset
+from .placement import Site
+
+CHILD = "adapter"
+NO_MERGE = "A bottleneck adapter is nonlinear and can't be merged. Keep it loaded, or take it out with `unload()`."
+BASE = "__base__"  # PEFT's name for a row of a mixed batch that takes no adapter
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """The adapters of one module, by name. Each part of an adapter has a container, as PEFT's LoRA has.
+
+    Args:
+        host: The module that it is attached to.
+        site: What is known of the place.
+        convolutional: Whether the hidden states may have their channels second, as (batch, d, height, width).
+    """
+
+    adapter_layer_names = (
+        "bottleneck_down", "bottleneck_up", "bottleneck_norm_before", "bottleneck_norm_after", "bottleneck_gate",
+        "bottleneck_scale", "bottleneck_rule", "bottleneck_query", "bottleneck_key", "bottleneck_value",
+    )  # fmt: skip
+    other_param_names = ("bottleneck_dropout",)
+    bottleneck_down: nn.ModuleDict
+    bottleneck_up: nn.ModuleDict
+    bottleneck_norm_before: nn.ModuleDict
+    bottleneck_norm_after: nn.ModuleDict
+    bottleneck_gate: nn.ModuleDict
+    bottleneck_scale: nn.ParameterDict
+    bottleneck_rule: nn.ParameterDict
+    bottleneck_query: nn.ModuleDict
+    bottleneck_key: nn.ModuleDict
+    bottleneck_value: nn.ModuleDict
+    bottleneck_dropout: nn.ModuleDict
+
+    def __init__(self, host: nn.Module, site: Site, convolutional: bool = False) -> None:
+        super().__init__()
+        self.width = site.width
+        self.convolutional = convolutional
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            holds_tensors = container in ("bottleneck_scale", "bottleneck_rule")
+            setattr(self, container, nn.ParameterDict() if holds_tensors else nn.ModuleDict())
+        self._host = (host,)  # in a tuple: the host is the parent, not a child
+        self._rule_owners: dict[str, tuple[BottleneckLayer]] = {}  # whose `bottleneck_rule` an adapter uses
+        self._entered: torch.Tensor | None = None  # what went into the sub-layer in this pass
+        self.rows: list[str] | None = None  # the adapter of each row of a mixed batch
+        self.sites: dict[str, Site] = {}
+        self.configs: dict[str, BottleneckConfig] = {}
+        self.activations: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def add(self, name: str, config: BottleneckConfig, site: Site, first: BottleneckLayer) -> None:
+        """Adds an adapter, on the device and of the dtype of the host.
+
+        Args:
+            name: Its name.
+            config: What it is told to be.
+            site: What it reads, and its size.
+            first: The layer that got this adapter first, maybe this one: all share its Compacter rule.
+        """
+        self.sites[name], self.configs[name], self.activations[name] = site, config, ACT2FN[config.activation]
+        if config.fusion:
+            self._add_fusion(name)
+        else:
+            self._add_bottleneck(name, config, site.size, first)
+        self.bottleneck_dropout[name] = nn.Sequential(
+            StochasticDepth(config.stochastic_depth), nn.Dropout(config.dropout)
+        )
+        self._move_adapter_to_device_of_base_layer(name)
+
+    def _add_bottleneck(self, name: str, config: BottleneckConfig, size: int, first: BottleneckLayer) -> None:
+        down = projection(self.width, size, config.phm_dim, config.phm_rank)
+        up = projection(size, self.width, config.phm_dim, config.phm_rank)
+        reset(down, up, config.init)
+        self.bottleneck_down[name], self.bottleneck_up[name] = down, up
+        if config.phm_dim is not None:
+            if self.width % config.phm_dim:
+                raise AdapterError(
+                    f"phm_dim={config.phm_dim} does not divide the width {self.width}. Write one that does, such as 4."
+                )
+            self._rule_owners[name] = (first,)
+            if first is self:
+                self.bottleneck_rule[name] = new_rule(config.phm_dim)
+        if config.layer_norm_before:
+            self.bottleneck_norm_before[name] = nn.LayerNorm(self.width)
+        if config.layer_norm_after:
+            self.bottleneck_norm_after[name] = nn.LayerNorm(self.width)
+        if config.gating:
+            self.bottleneck_gate[name] = nn.Linear(self.width, 1)
+        if isinstance(config.scaling, str):
+            self.bottleneck_scale[name] = nn.Parameter(torch.ones(self.width if config.scaling == "channel" else 1))
+
+    def _add_fusion(self, name: str) -> None:
+        # Pfeiffer et al. 2021: no bias on the values, which start as the identity; so that the mean is taken at first
+        self.bottleneck_query[name] = nn.Linear(self.width, self.width)
+        self.bottleneck_key[name] = nn.Linear(self.width, self.width)
+        self.bottleneck_value[name] = nn.Linear(self.width, self.width, bias=False)
+        with torch.no_grad():
+            for part in (self.bottleneck_query[name], self.bottleneck_key[name]):
+                nn.init.normal_(cast(torch.Tensor, part.weight), std=0.02)
+            nn.init.eye_(cast(torch.Tensor, self.bottleneck_value[name].weight))
+
+    def forward(self, hidden: torch.Tensor, stream: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the host's output as the active adapters leave it, one by one.
+
+        Args:
+            hidden: The host's output, of shape (..., d) or (batch, d, ...).
+            stream: The host's input; read where the host is a closing norm.
+        """
+        entered, self._entered = self._entered, None
+        if self.disable_adapters:
+            return hidden
+        if self.rows is not None:
+            return self._mixed(hidden, stream, entered, self.rows)
+        for name in cast(list[str], self.active_adapters):
+            if name in self.sites:
+                hidden, stream = self._adapt(name, hidden, stream, entered)
+        return hidden
+
+    def _adapt(
+        self, name: str, hidden: torch.Tensor, stream: torch.Tensor | None, entered: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns hidden states and stream as one adapter leaves them."""
+        reads = self.sites[name].reads
+        source = entered if reads == "entry" else hidden
+        if source is None:
+            raise AdapterError(f"{self.sites[name].entry!r} was not called before the module with adapter {name!r}.")
+        delta = self.delta(name, source).to(hidden.dtype)
+        if reads != "norm":
+            return hidden + delta, stream
+        stream = cast(torch.Tensor, stream) + delta
+        return self._host[0].forward(stream), stream
+
+    def delta(self, name: str, source: torch.Tensor) -> torch.Tensor:
+        """Returns what adapter `name` adds, given its input of shape (..., d) or (batch, d, ...); same shape."""
+        if self._channels_second(source):
+            return self.delta(name, source.movedim(1, -1)).movedim(-1, 1)
+        if fusion := self.configs[name].fusion:
+            parts = (self.bottleneck_query[name], self.bottleneck_key[name], self.bottleneck_value[name])
+            source = source.to(cast(torch.Tensor, parts[0].weight).dtype)
+            return mix(source, torch.stack([self.delta(member, source) for member in fusion], dim=-2), parts)
+        down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+        source = source.to(cast(torch.Tensor, up.bias).dtype)  # PEFT keeps adapters in fp32 on a bf16 base
+        rule = self._rule(name)
+        before = self.bottleneck_norm_before[name](source) if name in self.bottleneck_norm_before else source
+        added = up(self.activations[name](down(before, *rule)), *rule)
+        return self.bottleneck_dropout[name](self._scaled(name, added, source))
+
+    def _scaled(self, name: str, added: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        scaling = self.configs[name].scaling
+        if scaling != 1:
+            added = added * (self.bottleneck_scale[name] if isinstance(scaling, str) else scaling)
+        if name in self.bottleneck_gate:
+            added = added * gate(source, self.bottleneck_gate[name])
+        return self.bottleneck_norm_after[name](added) if name in self.bottleneck_norm_after else added
+
+    def _rule(self, name: str) -> tuple[torch.Tensor, ...]:
+        owner = self._rule_owners.get(name)
+        return (owner[0].bottleneck_rule[name],) if owner else ()
+
+    def _mixed(
+        self, hidden: torch.Tensor, stream: torch.Tensor | None, entered: torch.Tensor | None, rows: list[str]
+    ) -> torch.Tensor:
+        """Returns the output of a batch in which each row has an adapter of its own."""
+        if len(rows) != hidden.shape[0]:
+            raise AdapterError(f"adapter_names has {len(rows)} names for a batch of {hidden.shape[0]}. Give one a row.")
+        mixed = hidden.clone()
+        for name in dict.fromkeys(row for row in rows if row in self.sites):
+            index = torch.tensor([number for number, row in enumerate(rows) if row == name], device=hidden.device)
+            part = [tensor if tensor is None else tensor[index] for tensor in (hidden, stream, entered)]
+            mixed[index] = self._adapt(name, cast(torch.Tensor, part[0]), part[1], part[2])[0]
+        return mixed
+
+    def _channels_second(self, hidden: torch.Tensor) -> bool:
+        second = hidden.dim() > 2 and hidden.shape[1] == self.width
+        if not second and hidden.shape[-1] != self.width:
+            raise AdapterError(
+                f"An adapter of width {self.width} got hidden states of shape {tuple(hidden.shape)}. "
+                f"Leave this layer out with `layers=`."
+            )
+        return second and (self.convolutional or hidden.shape[-1] != self.width)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.sites)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter here; PEFT calls it on all layers.
+
+        Raises:
+            AdapterError: an AdapterFusion mixes it.
+        """
+        if users := [name for name, config in self.configs.items() if adapter_name in (config.fusion or ())]:
+            raise AdapterError(f"Adapter {adapter_name!r} is mixed by {users[0]!r}. Delete {users[0]!r} first.")
+        for record in (self.sites, self.configs, self.activations, self._rule_owners):
+            record.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuses: a nonlinear map can't be merged into a linear one."""
+        raise AdapterError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        """Does nothing, since nothing is ever merged."""
+
+    def get_base_layer(self) -> nn.Module:
+        """Returns the host, beside which the adapters stand: they wrap nothing."""
+        return self._host[0]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves an adapter to the device and dtype of the host's own parameters; PEFT calls it after loading too."""
+        own = (p for n, p in self._host[0].named_parameters() if not n.startswith(CHILD + "."))
+        like = next((p for p in own if p.is_floating_point()), None)
+        if like is None or like.device.type == "meta":
+            return
+        for container in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in container and not any(p.is_meta for p in _tensors(container[adapter_name])):
+                container[adapter_name] = _moved(container[adapter_name], device or like.device, like.dtype)
+
+
+def _tensors(part: nn.Module | torch.Tensor) -> list[torch.Tensor]:
+    return [part] if isinstance(part, torch.Tensor) else list(part.parameters())
+
+
+def _moved(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(part, nn.Parameter):
+        part.data = part.data.to(device, dtype)
+        return part
+    return part.to(device, dtype)
+
+
+def attach(host: nn.Module, site: Site, entry: nn.Module | None, convolutional: bool) -> BottleneckLayer:
+    """Returns the adapters of `host`; makes them, and hooks them in, where there are none.
+
+    Args:
+        host: The module that gets adapters.
+        site: What is known of it.
+        entry: The module whose input an adapter reads, or None.
+        convolutional: See `BottleneckLayer`.
+
+    Raises:
+        AdapterError: the module has a part of its own by the name that the adapters get.
+    """
+    holder = getattr(host, CHILD, None)
+    if holder is None:
+        holder = BottleneckLayer(host, site, convolutional)
+        host.add_module(CHILD, holder)
+        host.register_forward_hook(adapt_output, prepend=True)
+    elif not isinstance(holder, BottleneckLayer):
+        raise AdapterError(f"{site.module} has a part named {CHILD!r} of its own. Leave this layer out with `layers=`.")
+    if entry is not None and not any(_is_ours(hook, holder) for hook in entry._forward_pre_hooks.values()):
+        entry.register_forward_pre_hook(partial(note_entry, holder), with_kwargs=True)
+    return holder
+
+
+def detach(model: nn.Module) -> None:
+    """Takes all bottleneck adapters, and the hooks that feed them, out of a model."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, CHILD, None), BottleneckLayer):
+            delattr(module, CHILD)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook is adapt_output or _is_ours(hook)]:
+                del hooks[key]
+
+
+def adapt_output(host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a module with adapters: changes the hidden states, the first of what the module returns."""
+    adapter = getattr(host, CHILD)
+    stream = inputs[0] if inputs else None
+    if isinstance(output, torch.Tensor):
+        return adapter(output, stream)
+    if isinstance(output, tuple | list):
+        return type(output)((adapter(output[0], stream), *output[1:]))
+    raise AdapterError(
+        f"{type(host).__name__} returns {type(output).__name__}, where an adapter needs a tensor or a tuple that "
+        f"starts with one. Leave this layer out with `layers=`."
+    )
+
+
+def note_entry(holder: BottleneckLayer, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Forward pre-hook of a sub-layer's entry: keeps what goes in until the sub-layer's output comes."""
+    holder._entered = next(value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor))
+
+
+def _is_ours(hook: Any, holder: BottleneckLayer | None = None) -> bool:
+    is_note = isinstance(hook, partial) and hook.func is note_entry
+    return is_note and (holder is None or hook.args[0] is holder)
