@@ -31,7 +31,7 @@ _EMBEDDINGS = re.compile(
     r"emb|patch|stem|^w[tp]e$|^shared$|^w$|tok_|position|feature_(extractor|projection)|conv_layers|subsampl"
 )
 _CLOSING_NORM = re.compile(r"final|post|last|out")
-_HEAD = re.compile(r"(^|_)(heads?|classifier|score|cls|qa_outputs|logits)(_|$)|^proj_out$")
+_HEAD = re.compile(r"(^|_)(heads?|classifier|score|cls|qa_outputs|logits)(_|$)|^(proj_out|fc)$")
 _TASK_CLASS = re.compile(r"For[A-Z]|Head|With[A-Z]")
 _TERM = re.compile(r"(?:(?P<stack>[\w.]+)\.)?(?P<what>[a-z]+)(?P<index>\[[^\]]*\])?")
 
@@ -45,7 +45,8 @@ class Segment:
         kind: ``embeddings``, ``layer``, ``adapters``, ``norm``, ``pooler``, ``other`` or ``head``.
         stack: The stack it belongs to (``encoder``); None for what belongs to no single stack.
         index: Its position in the stack, for a layer and its adapters; else None.
-        module_names: The largest modules that hold this segment and nothing else (its adapters aside).
+        module_names: The modules that hold this segment and nothing else (its adapters aside): those that make up the
+            layer, or else the largest such modules.
         parameter_names: The parameters it owns, by their name in ``model.named_parameters()``.
         tied_names: Names inside it of tensors that another segment owns (a tied language-model head).
         passes: How often a forward pass runs through it: 1, but 12 for ALBERT's one shared layer.
@@ -133,7 +134,8 @@ class LayerMap:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The words that name segments here: the segments' own names, their kinds, ``layers``, ``base`` and ``all``."""
-        return tuple(dict.fromkeys([*(s.name for s in self.segments), *KINDS, "layers", "base", "all"]))
+        kinds = (kind for kind in KINDS if kind != "layer")  # a layer is named by its stack and index
+        return tuple(dict.fromkeys([*(s.name for s in self.segments), *kinds, "layers", "base", "all"]))
 
     @cached_property
     def owners(self) -> Mapping[str, Segment]:
@@ -244,12 +246,12 @@ class _Places:
         modules = model.named_modules(remove_duplicate=False)
         self._modules = {name: module for name, module in modules if name.rpartition(".")[2] != GUARD}
         self.stacks: dict[str, Stack] = {stack.name: stack for stack in find_stacks(model)}
-        self._layer_of = {
-            module: _Place("layer", stack.name, index)
+        self._layers = {
+            _Place("layer", stack.name, index): layer
             for stack in self.stacks.values()
             for index, layer in enumerate(stack.layers)
-            for module in layer
         }
+        self._layer_of = {module: place for place, layer in self._layers.items() for module in layer}
         position = {name: number for number, name in enumerate(self._modules)}
         self._position = position
         self._first = {s.name: min(position[module] for module in s.layers[0]) for s in self.stacks.values()}
@@ -297,7 +299,10 @@ class _Places:
         return "embeddings" if before else "other"
 
     def modules(self) -> dict[_Place, tuple[str, ...]]:
-        """Returns for each place the largest modules that hold it and nothing else, adapters aside."""
+        """Returns for each place the modules that hold it and nothing else, adapters aside.
+
+        These are the largest such modules, but for a layer its own: the only layer of a stack also fills the list.
+        """
         inside: dict[str, set[_Place]] = {}
         for name, module in self._modules.items():
             is_leaf = all(child == GUARD for child, _ in module.named_children())
@@ -311,7 +316,7 @@ class _Places:
             if len(inside.get(name, ())) == 1 and (not name or len(inside[parent]) > 1):
                 (place,) = inside[name]
                 largest[place] = (*largest.get(place, ()), name)
-        return largest
+        return largest | self._layers
 
     def depth(self, place: _Place) -> tuple[int, ...]:
         """Returns the sort key of the depth axis."""
@@ -336,18 +341,18 @@ class _Places:
 def _head_modules(modules: Mapping[str, nn.Module]) -> set[str]:
     """Returns the names of the modules that stand outside the pretrained backbone of a task's model.
 
-    transformers names the backbone in `base_model_prefix`. Where a task's model keeps none (T5), or holds another
-    task's model inside (BLIP-2, an encoder-decoder of two models), a head is told by its name.
+    transformers names the backbone in `base_model_prefix`. Where a task's model keeps none (T5), holds another task's
+    model inside (BLIP-2, an encoder-decoder of two models), or is a plain `nn.Module`, a head is told by its name.
     """
     heads: set[str] = set()
+    outermost = next((path for path, module in modules.items() if len(list(module.children())) > 1), "")
     for path, module in modules.items():
-        prefix = getattr(module, "base_model_prefix", None)
-        if not isinstance(prefix, str) or not _TASK_CLASS.search(type(module).__name__):
-            continue
         children = [name for name, _ in module.named_children()]
-        if prefix in children:
+        prefix = getattr(module, "base_model_prefix", None)
+        is_task = prefix is not None and (_TASK_CLASS.search(type(module).__name__) or "lm_head" in children)
+        if is_task and prefix in children:
             heads |= {join(path, name) for name in children if name != prefix}
-        else:
+        elif is_task or (prefix is None and path == outermost):
             heads |= {join(path, name) for name in children if _HEAD.search(name)}
     return heads
 

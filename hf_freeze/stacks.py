@@ -28,11 +28,13 @@ GUARD = "eval_guard"
 # class's name, since this module knows torch alone). In the others the name of the list tells.
 _LAYER_CLASS = "GradientCheckpointingLayer"
 _LIST_NAME = re.compile(r"(.*_)?(layers?|blocks?|stages?|groups|encoders)|h|resblocks|self_attends|conformer|mixers")
-# Lists that are named like layers and are none: convolutions that make the embeddings, codebooks, necks, vocoders.
-_NO_LAYERS = re.compile(
-    r"conv_(layers|blocks)|quantiz|vocoder|fpn|pan_|lateral|neck|subsampl|downsampl|hifi|mask_embed|connector|predictor"
-)
+# Lists that hold or are named like layers and are none: the convolutions in front of a speech model's layers, ...
+_CONVOLUTIONS = re.compile(r"conv_layers$|conv_embed")
+# ... and lists that are named like layers and are none: codebooks, necks, vocoders, heads.
+_NO_LAYERS = re.compile(r"quantiz|vocoder|fpn|pan_|lateral|neck|subsampl|downsampl|hifi|mask_embed|connector|predictor")
+# A module that is called a stage, or that holds a list called blocks (PVT v2), is a stage: its blocks are the layers.
 _STAGE_CLASS = re.compile(r"Stage|LayerGroup")
+_STAGE_LIST = re.compile(r"(.*_)?blocks")
 _NUMBERED = re.compile(r"(layer|stage|block)s?_?\d+")
 
 Layer = tuple[str, ...]  # the names of the modules that make up one layer
@@ -58,13 +60,20 @@ class Stack:
 def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     """Returns the stacks of layers in `model`, in the order in which the model holds them; maybe none."""
     found = dict(_search("", model, set())) or dict(_parallel_lists(model))
-    config = next((module.config for module in model.modules() if hasattr(module, "config")), None)
-    passes = PASSES.get(getattr(config, "model_type", ""), lambda _: 1)(config)
     if len(found) == 1:
         ((path, layers),) = found.items()
-        return (Stack(path.split(".")[-2:][0], "", tuple(layers), passes),)
+        return (Stack(path.split(".")[-2:][0], "", tuple(layers), _passes(model, path)),)
     places = _divide([tuple(path.split(".")) for path in found])
-    return tuple(Stack(*places[path], tuple(layers), passes) for path, layers in found.items())
+    return tuple(Stack(*places[path], tuple(layers), _passes(model, path)) for path, layers in found.items())
+
+
+def _passes(model: nn.Module, path: str) -> int:
+    """Returns how often each layer of the list at `path` runs, by the configuration nearest to it."""
+    while path:
+        path = path.rpartition(".")[0]
+        if config := getattr(model.get_submodule(path), "config", None):
+            return PASSES.get(getattr(config, "model_type", ""), lambda _: 1)(config)
+    return 1
 
 
 def _search(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, list[Layer]]]:
@@ -82,7 +91,17 @@ def _search(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str,
         if _is_layer_list(child_path, child):
             yield child_path, _layers_of(child_path, child, children)
         else:
-            yield from _search(child_path, child, seen)
+            inner = dict(_search(child_path, child, seen))
+            yield from (_joined(child_path, child, inner) if _is_list(child) else inner).items()
+
+
+def _joined(path: str, module: nn.Module, inner: dict[str, list[Layer]]) -> dict[str, list[Layer]]:
+    """Joins the `inner` lists to one stack if each item of the list `module` holds one, and so is a stage."""
+    items = [(join(path, name), item) for name, item in module.named_children() if _has_parameters(item)]
+    held = [{name: layers for name, layers in inner.items() if name.startswith(item + ".")} for item, _ in items]
+    if len(items) < 2 or not all(held):
+        return inner
+    return {path: [layer for item, lists in zip(items, held, strict=True) for layer in _with_extras(*item, lists)]}
 
 
 def _layers_of(path: str, module: nn.Module, siblings: Sequence[tuple[str, nn.Module]]) -> list[Layer]:
@@ -105,7 +124,11 @@ def _open(path: str, item: nn.Module) -> list[Layer]:
     if _is_list(item):
         return [(join(path, name),) for name, block in item.named_children() if _has_parameters(block)]
     inner = dict(_search(path, item, set()))
-    is_stage = _STAGE_CLASS.search(type(item).__name__) or (not _is_layer(item) and _holds_layer_class(item))
+    is_stage = (
+        _STAGE_CLASS.search(type(item).__name__)
+        or any(_STAGE_LIST.fullmatch(_last(name)) for name in inner)
+        or (not _is_layer(item) and _holds_layer_class(item))
+    )
     return _with_extras(path, item, inner) if is_stage and inner else [(path,)]
 
 
@@ -179,11 +202,17 @@ def _divide(paths: Sequence[tuple[str, ...]], start: int = 0) -> dict[str, tuple
 def _is_layer_list(path: str, module: nn.Module) -> bool:
     if not _is_list(module) or not _has_parameters(module):
         return False
-    items = list(module.children())
-    if any(_is_layer(item) for item in items):
-        return not re.search(r"conv_layers|conv_embed", path)
+    if _CONVOLUTIONS.search(path):
+        return False
+    if any(_is_layer(item) for item in module.children()):
+        return True
     named_so = _LIST_NAME.fullmatch(_last(path)) and not _NO_LAYERS.search(path)
-    return bool(named_so) and any(True for item in items for _ in item.children())
+    return bool(named_so) and not all(_is_leaf(item) for item in module.children())
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Tells a module without children, those aside that `torch.nn.utils.parametrizations` puts into it (VITS)."""
+    return all(name == "parametrizations" for name, _ in module.named_children())
 
 
 def _is_list(module: nn.Module) -> bool:
