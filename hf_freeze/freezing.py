@@ -27,6 +27,7 @@ from torch import nn
 from .errors import SelectorError, nearest
 from .layers import GUARD, LayerMap, Segment, adapter_containers, layer_map
 from .selectors import Selector, select
+from .thawed import mark_thawed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +56,7 @@ class EvalGuard(nn.Module):
 
     def train(self, mode: bool = True) -> EvalGuard:
         """Puts the unit in eval mode, whatever `mode` is, and remembers `mode` for when the unit is released."""
-        self.asked = mode
+        self.asked, self.training = mode, False
         for module in _without_adapters(self.unit):
             module.training = False
         return self
@@ -142,6 +143,7 @@ def unfreeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
         )
     for name in names:
         parameters[name].requires_grad_(True)
+    mark_thawed(model, names)
     _settle(layers, ())
     return names
 
@@ -369,13 +371,14 @@ def trainable_summary(model: nn.Module) -> Summary:
     for segment in layers:
         own = [parameters[name] for name in segment.parameter_names]
         modules = [model.get_submodule(name) for name in segment.module_names]
+        inside = [inner for module in modules for inner in _without_adapters(module)]
         rows.append(
             SummaryRow(
                 segment.name,
                 " + ".join(dict.fromkeys(type(module).__name__ for module in modules)),
                 sum(parameter.numel() for parameter in own),
                 sum(parameter.numel() for parameter in own if parameter.requires_grad),
-                still=bool(modules) and all(inner in still or isinstance(inner, _LISTS) for inner in modules),
+                still=bool(modules) and all(inner in still for inner in inside if not isinstance(inner, _LISTS)),
             )
         )
     return Summary(type(model).__name__, tuple(rows))

@@ -114,7 +114,7 @@ def _resolve(layers: LayerMap, term: str) -> set[str]:
     elif term in layers.aliases:
         return {layers.aliases[term]}
     elif under := {own for name, own in layers.aliases.items() if name.startswith(term + ".")}:
-        return under if term not in layers.names else under | _segments(layers, term)
+        return under if term == "layers" and not layers.stacks else under | _held(layers, term)
     elif any(character in term for character in "*?"):
         found = _matching(layers, re.compile(fnmatch.translate(term)))
     else:
@@ -127,9 +127,15 @@ def _resolve(layers: LayerMap, term: str) -> set[str]:
     return found
 
 
+def _held(layers: LayerMap, term: str) -> set[str]:
+    """Returns what the segments called `term` hold: all of that kind, where it is a kind."""
+    found = [segment for segment in layers if segment.kind == term] or layers.find(term)
+    return {name for segment in found for name in layers.held_by(segment)}
+
+
 def _segments(layers: LayerMap, term: str) -> set[str]:
-    if found := layers.find(term):
-        return {name for segment in found for name in layers.held_by(segment)}
+    if found := _held(layers, term):
+        return found
     stack, bracket, index = term.partition("[")
     if bracket and layers.find(stack):
         raise SelectorError(f"{term!r}: [{index} is an empty slice. The model has: {layers.outline}.")
