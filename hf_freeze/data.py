@@ -155,11 +155,13 @@ def check_model(name: str) -> str:
     """Returns what `from_pretrained` takes for `name`: a folder or a hub id.
 
     Raises:
-        DataError: If `name` is a path at which there is no model.
+        DataError: If `name` is a path at which there is no model, or adapters alone.
     """
     if name == EMBEDDED:
         return str(embedded_model_path())
     path = Path(name)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise DataError(f"{name!r} holds adapters alone: name the model that they belong to")
     if path.is_dir() and not (path / "config.json").is_file():
         raise DataError(f"{name!r} holds no config.json: name a folder that save_pretrained() wrote")
     if path.is_file():
@@ -173,10 +175,13 @@ def check_output_dir(path: Path, overwrite: bool) -> None:
     """Makes sure that nothing is lost by writing to `path`, which need not exist.
 
     Raises:
-        DataError: If it is a file, or a folder that isn't empty and `overwrite` is false.
+        DataError: If it is a file, lies where nothing can be written, or isn't empty and `overwrite` is false.
     """
     if path.exists() and not path.is_dir():
         raise DataError(f"Output folder {str(path)!r} is a file: name a folder")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise DataError(f"Output folder {str(path)!r} can't be made in {str(there)!r}: name another one")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise DataError(f"Output folder {str(path)!r} is not empty: name another one, or pass --overwrite")
 

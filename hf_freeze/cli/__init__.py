@@ -1,7 +1,7 @@
 """The command line: `hf-freeze demo | train | inspect`. One file a command, no logic in here.
 
-A user's mistake ends in one line with the mend and exit code 2; a run that succeeds ends with 0. Nothing heavy is
-imported before a command needs it.
+A run that succeeds ends with exit code 0; a user's mistake with one line, which names the mend, and 2; Ctrl-C with 130;
+a bug with a traceback and 1. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations

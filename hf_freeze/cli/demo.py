@@ -10,6 +10,9 @@ import typer
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to save the staged model to.")] = Path("outputs/demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder with files that are not of an earlier demo.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the split, the heads, dropout and shuffling.")] = 0,
 ) -> None:
     """Compares head only, adapters, staged unfreezing and full fine-tuning on real news text.
@@ -18,26 +21,39 @@ def demo(
     """
     from rich.console import Console
 
-    from ..data import EMBEDDED, check_model, load_corpus
-    from ..runs import fine_tune, load, predict, save
-    from .demo_methods import LIMIT, methods
-    from .tables import outcome_table, quiet
-    from .train import SENTENCES
+    from ..data import EMBEDDED, check_output_dir, load_corpus
+    from ..runs import fine_tune
+    from .demo_methods import LIMIT, MAX_LENGTH, SETTINGS, STAGED, method, verdict
+    from .progress import ProgressBar
+    from .tables import keep, outcome_table, quiet
 
-    name = check_model(EMBEDDED)
+    check_output_dir(output, overwrite or _is_a_demo(output))
     corpus = load_corpus(seed=seed, limit=LIMIT)
-    console = Console()
     sizes = ", ".join(f"{len(getattr(corpus, split).texts)} {split}" for split in ("train", "validation", "test"))
-    console.print(f"MiniLM (a pretrained BERT of 6 layers) on BBC News: {sizes} texts, stratified, seed {seed}")
+    typer.echo(
+        f"MiniLM (a pretrained BERT of 6 layers) on BBC News: {sizes} texts, stratified, seed {seed}, "
+        f"{MAX_LENGTH} tokens each"
+    )
     quiet()
+    specs = [method(name, seed) for name in SETTINGS]
     outcomes = []
-    for spec in methods(seed):
-        console.print(f"\n[bold]{spec.name}[/bold]: {spec.epochs:g} epochs, peak lr {spec.lr:g}")
-        outcomes.append(fine_tune(name, corpus, spec))
-    console.print(outcome_table(outcomes, title=f"BBC News, test split, seed {seed}"))
-    staged = next(outcome for outcome in outcomes if outcome.name == "staged unfreezing")
-    save(staged, name, output)
-    tokenizer, restored = load(output)
-    console.print(f"The staged model is in {output}. Loaded back, it says:")
-    for text, (label, probability) in zip(SENTENCES, predict(restored, tokenizer, list(SENTENCES)), strict=True):
-        console.print(f"  {label} ({probability:.0%}): {text}", highlight=False)
+    for spec in specs:
+        typer.echo(f"\n{spec.name}: {spec.epochs:g} epochs, peak learning rate {spec.lr:g}")
+        outcomes.append(fine_tune(EMBEDDED, corpus, spec, [ProgressBar(spec.name)]))
+    typer.echo()
+    Console().print(outcome_table(outcomes, title=f"BBC News, test split, seed {seed}"))
+    typer.echo(verdict(outcomes) + "\n")
+    at = [spec.name for spec in specs].index(STAGED)
+    keep(outcomes[at], EMBEDDED, output, corpus, specs[at])
+
+
+def _is_a_demo(folder: Path) -> bool:
+    """Tells whether an earlier demo wrote the folder, whose files another may then replace without being told."""
+    from ..errors import DataError
+    from ..runs import read_record
+    from .demo_methods import STAGED
+
+    try:
+        return read_record(folder)["name"] == STAGED
+    except DataError:
+        return False

@@ -1,26 +1,68 @@
-"""The four methods of the demo, with the rates and epochs that `benchmarks/tune_demo.py` found."""
+"""The four methods of the demo, and what their results are held against.
+
+Rates and epochs are those that `benchmarks/tune_demo.py` found on the validation split; `docs/demo.md` tells how.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..adapters import BottleneckConfig
 from ..runs import FineTuning
 from ..schedules import Stage, UnfreezeSchedule
 
-LIMIT = 480  # training texts
+if TYPE_CHECKING:
+    from ..runs import Outcome
+
+LIMIT = 400  # training texts
+MAX_LENGTH = 64  # tokens of a text: a news story tells its subject in the first lines
+HEAD, ADAPTERS, STAGED, FULL = "head only", "adapters", "staged unfreezing", "full fine-tuning"
+SETTINGS = {HEAD: (2e-3, 4.0), ADAPTERS: (1e-3, 3.0), STAGED: (2e-4, 3.0), FULL: (1e-4, 2.0)}  # peak rate, epochs
 
 
-def methods(seed: int) -> list[FineTuning]:
-    """Returns the runs of the demo, in the order in which they are shown."""
-    staged = UnfreezeSchedule(
+def method(name: str, seed: int = 0, lr: float | None = None, epochs: float | None = None) -> FineTuning:
+    """Returns one of the demo's runs.
+
+    Args:
+        name: A key of `SETTINGS`.
+        seed: Seed of the head, dropout and shuffling.
+        lr: Peak learning rate, instead of the one in `SETTINGS`.
+        epochs: Passes over the training texts, instead of those in `SETTINGS`; stages stretch with them.
+    """
+    lr, epochs = lr or SETTINGS[name][0], epochs or SETTINGS[name][1]
+    return FineTuning(
+        name=name,
+        freeze="base - pooler" if name == HEAD else None,
+        adapter=BottleneckConfig(bottleneck_size=32) if name == ADAPTERS else None,
+        unfreeze=_stages(lr) if name == STAGED else None,
+        lr=lr,
+        epochs=epochs,
+        max_length=MAX_LENGTH,
+        seed=seed,
+    )
+
+
+def _stages(lr: float) -> UnfreezeSchedule:
+    """Head and pooler, then the two top layers, then two more; the two lowest and the embeddings never train."""
+    return UnfreezeSchedule(
         [
-            Stage(0, "head, pooler", lr=1e-3),
-            Stage(1, "layers[-2:]", lr=2e-4, layer_decay=0.9),
-            Stage(2, "layers[-4:-2]", lr=1e-4, layer_decay=0.9),
+            Stage(0, "head, pooler", lr=5 * lr),
+            Stage("25%", "layers[-2:]", lr=lr, layer_decay=0.9),
+            Stage("50%", "layers[-4:-2]", lr=lr / 2, layer_decay=0.9),
         ]
     )
-    return [
-        FineTuning("head only", freeze="base - pooler", lr=2e-3, epochs=4, seed=seed),
-        FineTuning("adapters", adapter=BottleneckConfig(bottleneck_size=32), lr=1e-3, epochs=3, seed=seed),
-        FineTuning("staged unfreezing", unfreeze=staged, lr=2e-4, epochs=3, seed=seed),
-        FineTuning("full fine-tuning", lr=1e-4, epochs=2, seed=seed),
-    ]
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    """Returns what the runs say of two claims of the literature, each with its figures, kept or missed."""
+    by_name = {outcome.name: outcome for outcome in outcomes}
+    full, staged, adapters = (by_name[name].accuracy for name in (FULL, STAGED, ADAPTERS))
+    share = by_name[ADAPTERS].trainable / by_name[ADAPTERS].parameters
+    points, part = 100 * (staged - full), adapters / full if full else float("nan")
+    return (
+        f"Staged unfreezing is {points:+.1f} points from full fine-tuning ({staged:.3f} and {full:.3f}): "
+        f"{'within' if points >= -0.5 else 'not within'} the half point that was to be kept. "
+        f"Adapters train {share:.1%} of the parameters and reach {part:.1%} of full fine-tuning's accuracy: "
+        f"{'at least' if part >= 0.98 else 'below'} the 98% that was to be reached."
+    )

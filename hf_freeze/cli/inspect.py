@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def inspect(
@@ -15,24 +18,38 @@ def inspect(
 
     Example: hf-freeze inspect embedded --select "layers[-2:] - norm"
     """
-    import torch
     from rich.console import Console
-    from transformers import AutoConfig, AutoModel
 
     from ..data import check_model
-    from ..errors import DataError
     from ..freezing import trainable_summary
     from ..selectors import select as resolve
 
-    name = check_model(model)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{model!r} can't be loaded: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        built = AutoModel.from_config(config)
+    built = _build(check_model(model))
     if select is None:
         Console().print(trainable_summary(built))
         return
     for parameter in resolve(built, select):
         typer.echo(parameter)
+
+
+def _build(name: str) -> PreTrainedModel:
+    """Builds a model without weights: of the class that its config names, so that its head is there, if it names one.
+
+    Raises:
+        DataError: its config can't be loaded, or its class can't be built from it.
+    """
+    import torch
+    import transformers
+
+    from ..errors import DataError
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        known = [getattr(transformers, each, None) for each in config.architectures or ()]
+        with torch.device("meta"):
+            if known and known[0] is not None:
+                return known[0](config)
+            return transformers.AutoModel.from_config(config)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"The model {name!r} can't be loaded: {reason}") from error

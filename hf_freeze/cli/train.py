@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from ..schedules import UnfreezeSchedule
-
-SENTENCES = (
-    "Shares fell sharply after the bank cut its forecast for the year.",
-    "The striker scored twice in the last ten minutes of the final.",
-    "The new phone comes with a faster chip and a better camera.",
-)
 
 
 def train(
@@ -24,11 +18,18 @@ def train(
     ] = "embedded",
     text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="The column that holds the label.")] = "label",
-    freeze: Annotated[str | None, typer.Option(help="Selector of what does not train.")] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="Selector of what does not train, e.g. 'embeddings, layers[:3]'.")
+    ] = None,
     adapter: Annotated[int | None, typer.Option(help="Bottleneck size of adapters behind each layer.")] = None,
-    unfreeze: Annotated[str | None, typer.Option(help="'gradual', or a schedule's YAML file.")] = None,
+    unfreeze: Annotated[str | None, typer.Option(help="'gradual', over the whole run, or a YAML file.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to save the result to.")] = Path("outputs/train"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Write into a folder that is not empty; an earlier run's files go, others stay."
+        ),
+    ] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
     epochs: Annotated[float, typer.Option(help="Passes over the training texts.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 16,
@@ -44,31 +45,43 @@ def train(
 
     from ..adapters import BottleneckConfig
     from ..data import check_model, check_output_dir, load_corpus
-    from ..runs import FineTuning, fine_tune, load, predict, save
-    from .tables import outcome_table, quiet
+    from ..runs import FineTuning, fine_tune
+    from .progress import ProgressBar
+    from .tables import keep, outcome_table, quiet
 
     check_output_dir(output, overwrite)
-    name = check_model(model)
-    corpus = load_corpus(dataset, text_column=text_column, label_column=label_column, seed=seed, limit=limit)
     spec = FineTuning(
-        "train", freeze, None if adapter is None else BottleneckConfig(bottleneck_size=adapter), _schedule(unfreeze),
-        lr, epochs, batch_size, max_length, seed,
-    )  # fmt: skip
-    console = Console()
-    console.print(f"{len(corpus.train.texts)} training texts in {len(corpus.label_names)} classes, seed {seed}")
+        name="train",
+        freeze=freeze,
+        adapter=None if adapter is None else BottleneckConfig(bottleneck_size=adapter),
+        unfreeze=_schedule(unfreeze),
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+    )
+    check_model(model)  # before the corpus, which may be large
+    corpus = load_corpus(dataset, text_column=text_column, label_column=label_column, seed=seed, limit=limit)
+    typer.echo(
+        f"{len(corpus.train.texts)} training and {len(corpus.test.texts)} test texts in {len(corpus.label_names)} "
+        f"classes, seed {seed}"
+    )
     quiet()
-    outcome = fine_tune(name, corpus, spec)
-    save(outcome, name, output)
-    console.print(outcome_table([outcome]))
-    tokenizer, restored = load(output)
-    console.print(f"Saved to {output}, loaded back:")
-    for text, (label, probability) in zip(SENTENCES, predict(restored, tokenizer, list(SENTENCES)), strict=True):
-        console.print(f"  {label} ({probability:.0%}): {text}", highlight=False)
+    outcome = fine_tune(model, corpus, spec, [ProgressBar(spec.name)])
+    Console().print(outcome_table([outcome]))
+    keep(outcome, model, output, corpus, spec)
 
 
-def _schedule(unfreeze: str | None) -> UnfreezeSchedule | None:
+def _schedule(unfreeze: str | None) -> UnfreezeSchedule | Literal["gradual"] | None:
+    from ..errors import ScheduleError, nearest
     from ..schedules import UnfreezeSchedule
 
-    if unfreeze is None:
-        return None
-    return UnfreezeSchedule.gradual() if unfreeze == "gradual" else UnfreezeSchedule.from_yaml(Path(unfreeze))
+    if unfreeze is None or unfreeze == "gradual":
+        return unfreeze  # type: ignore[return-value]
+    if not Path(unfreeze).is_file():
+        raise ScheduleError(
+            f"--unfreeze {unfreeze!r} is no preset and no file.{nearest(unfreeze, ['gradual'])} "
+            f"Write 'gradual', or name a schedule's YAML file."
+        )
+    return UnfreezeSchedule.from_yaml(Path(unfreeze))
