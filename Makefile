@@ -1,4 +1,4 @@
-# The two commands: `make demo` and `make test`. Each sets up all it needs in $(VENV).
+# `make demo` and `make test` come first. Each target sets up all it needs in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test style clean
+.PHONY: help demo test style docs notebooks clean
 
 help: ## Lists the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,5 +31,11 @@ style: $(STAMP) ## Formats, and mends what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## Builds the manual in docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
+notebooks: $(STAMP) ## Runs the notebooks anew and keeps their outputs
+	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
+
 clean: ## Removes what the other targets made
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs notebooks/outputs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -105,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded = logits(restored, batch)
         restored.disable_adapters()
         disabled = logits(restored, batch)
-    print("loaded back, the same outputs:", torch.equal(loaded, trained))
-    print("disabled, the base model's outputs:", torch.equal(disabled, before))
+    # Not by torch.equal: two loads of the same weights may lie differently in memory, which changes the last bit.
+    print(f"loaded back, the outputs differ by at most {(loaded - trained).abs().max():.1e}")
+    print(f"disabled, they differ from the base model's by at most {(disabled - before).abs().max():.1e}")
     size = (args.output / "adapter_model.safetensors").stat().st_size
     print(f"test accuracy {found['test_accuracy']:.3f}; {size / 1e6:.2f} MB saved to {args.output}")
 

@@ -64,6 +64,7 @@ def test_adapters_load_back_and_switch_off_exactly(api, tmp_path, capsys):
     load("adapters_peft").main([*SMALL, "--api", api, "--output", str(tmp_path)])
 
     shown = capsys.readouterr().out
-    for promise in ("a new adapter is the identity", "loaded back, the same", "disabled, the base model's"):
-        assert re.search(rf"{promise}.*: True", shown), promise
+    assert "a new adapter is the identity: True" in shown
+    differences = [float(number) for number in re.findall(r"at most (\S+)", shown)]
+    assert len(differences) == 2 and max(differences) < 1e-6
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 1_000_000

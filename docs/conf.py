@@ -1,0 +1,46 @@
+"""Builds the manual: `make docs`. The pages are plain markdown; what only Sphinx needs is added here."""
+
+import hf_freeze
+
+project = "hf_freeze"
+author = "the hf_freeze authors"
+version = release = hf_freeze.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"hf_freeze {version}"
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+default_role = "code"
+
+PAGES = ("quickstart", "selectors", "freezing", "adapters", "staged-unfreezing", "command-line", "demo", "api")
+
+
+def add_contents(app, docname, source):
+    """Gives the index the tree of pages, which a reader of the plain markdown has as a table."""
+    if docname == "index":
+        pages = "\n".join(page for page in PAGES if page in app.env.found_docs)
+        source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
+
+
+def draw_tables(app, what, name, obj, options, lines):
+    """Turns the markdown tables of docstrings, which read well in a terminal, into reStructuredText."""
+    drawn = []
+    for line in lines:
+        cells = line.strip().strip("|").split(" | ")
+        if not line.startswith("|"):
+            drawn.append(line)
+        elif set(line) <= set("|-"):
+            continue
+        else:
+            if not (drawn and drawn[-1].startswith("     -")):
+                drawn += ["", ".. list-table::", "   :header-rows: 1", ""]
+            drawn += [f"   * - {cells[0].strip()}", *(f"     - {cell.strip()}" for cell in cells[1:])]
+    lines[:] = drawn
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", draw_tables)
+    app.connect("source-read", add_contents)

@@ -1,0 +1,125 @@
+"""The manual is true: its code runs, its command lines are understood, its links lead somewhere, it builds."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers
+import typer
+
+from hf_freeze.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+WITH_LINKS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+COMMANDS = typer.main.get_command(app).commands
+
+# A comment such as <!-- not run: needs the hub --> right above a block says why it is compiled and not run.
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code on a page: its language, its first line's number, and why it is not run, if it is not."""
+
+    language: str
+    code: str
+    line: int
+    reason: str | None
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = [
+        Block(match["language"], match["code"], text.count("\n", 0, match.start("code")), match["reason"])
+        for match in BLOCK.finditer(text)
+    ]
+    return [block for block in found if block.language in languages]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def run(block: Block, page: Path, names: dict) -> None:
+    """Runs a block as a reader would, in the names that the blocks above it have made."""
+    if block.language == "pycon":
+        test = doctest.DocTestParser().get_doctest(block.code, names, name(page), str(page), block.line)
+        test.globs = names
+        shown: list[str] = []
+        doctest.DocTestRunner(verbose=False).run(test, out=shown.append, clear_globs=False)
+        assert not shown, "".join(shown)
+        return
+    code = compile("\n" * block.line + block.code, str(page), "exec")  # so that a traceback has the page's line
+    if block.reason is None:
+        exec(code, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python", "pycon")], ids=name)
+def test_the_code_on_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    transformers.set_seed(0)
+    names: dict = {"__name__": "__main__"}
+    for block in blocks(page, "python", "pycon"):
+        run(block, page, names)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Returns the page and the text of each `$ hf-freeze ...` line."""
+    lines = [(page, line) for page in PAGES for block in blocks(page, "console") for line in block.code.splitlines()]
+    return [(name(page), line.removeprefix("$ ")) for page, line in lines if line.startswith("$ hf-freeze")]
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines())
+def test_a_command_line_on_a_page_is_understood(page, line):
+    command, *arguments = shlex.split(line, comments=True)[1:]
+    if command != "--help":
+        assert COMMANDS[command].make_context(command, arguments).params  # reads the arguments, and runs nothing
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_on_the_command_line_has_every_option(command):
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## `hf-freeze {command}.*?(?=^## |\Z)", text, re.M | re.S).group()
+    options = {option for parameter in COMMANDS[command].params for option in parameter.opts if option[:2] == "--"}
+    described = set(re.findall(r"^\| `(--[a-z-]+)", section, re.M))
+    assert described == options - {"--help"}
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=name)
+def test_the_links_on_a_page_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("https://", "http://"))]
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in {slug(heading) for heading in re.findall(r"^#+ (.+)$", file.read_text(), re.M)}, target
+
+
+def slug(heading: str) -> str:
+    """Returns the anchor that a heading gets on a code host and in the built manual."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.slow
+def test_the_manual_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx")
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "-q", "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    assert all(f'id="hf_freeze.{public}"' in page for public in __import__("hf_freeze").__all__)
