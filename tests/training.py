@@ -5,7 +5,7 @@ Dropout is on, so that a run that draws one random number more or less than anot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from transformers import (
 
 LAYERS = 3
 BATCH = 2
+
+# accelerate 1.15 collects garbage at the start of each train(), which takes longer than the whole run when it walks
+# through all that transformers has imported
+gc.freeze()
 
 
 def tiny_bert() -> BertForSequenceClassification:
@@ -142,7 +146,3 @@ def optimizer_state(trainer: Trainer) -> dict[str, Tensor]:
 def names_in(model: torch.nn.Module, *prefixes: str) -> set[str]:
     """The parameters whose names start with one of the prefixes."""
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
-
-
-HEAD: Sequence[str] = ("classifier.",)
-TOP: Sequence[str] = (f"bert.encoder.layer.{LAYERS - 1}.",)
