@@ -13,7 +13,8 @@ own, and one installed earlier would otherwise record the hidden states without 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -98,7 +99,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def _add_bottleneck(self, name: str, config: BottleneckConfig, size: int, first: BottleneckLayer) -> None:
         down = projection(self.width, size, config.phm_dim, config.phm_rank)
         up = projection(size, self.width, config.phm_dim, config.phm_rank)
-        reset(down, up, config.init)
+        # PEFT says so of an adapter that is about to be read from a file: should that fail, the model is as it was
+        reset(down, up, "mam" if config.inference_mode else config.init)
         self.bottleneck_down[name], self.bottleneck_up[name] = down, up
         if config.phm_dim is not None:
             if self.width % config.phm_dim:
@@ -118,13 +120,15 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             self.bottleneck_scale[name] = nn.Parameter(torch.ones(self.width if config.scaling == "channel" else 1))
 
     def _add_fusion(self, name: str) -> None:
-        # Pfeiffer et al. 2021: no bias on the values, which start as the identity; so that the mean is taken at first
+        # Pfeiffer et al. 2021: no bias on the values, which start as the identity. Queries start at zero, so that a new
+        # fusion takes the mean; they get a gradient at once, since keys do not.
         self.bottleneck_query[name] = nn.Linear(self.width, self.width)
         self.bottleneck_key[name] = nn.Linear(self.width, self.width)
         self.bottleneck_value[name] = nn.Linear(self.width, self.width, bias=False)
         with torch.no_grad():
-            for part in (self.bottleneck_query[name], self.bottleneck_key[name]):
-                nn.init.normal_(cast(torch.Tensor, part.weight), std=0.02)
+            for parameter in self.bottleneck_query[name].parameters():
+                nn.init.zeros_(parameter)
+            nn.init.normal_(cast(torch.Tensor, self.bottleneck_key[name].weight), std=0.02)
             nn.init.eye_(cast(torch.Tensor, self.bottleneck_value[name].weight))
 
     def forward(self, hidden: torch.Tensor, stream: torch.Tensor | None = None) -> torch.Tensor:
@@ -189,13 +193,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self, hidden: torch.Tensor, stream: torch.Tensor | None, entered: torch.Tensor | None, rows: list[str]
     ) -> torch.Tensor:
         """Returns the output of a batch in which each row has an adapter of its own."""
-        if len(rows) != hidden.shape[0]:
-            raise AdapterError(f"adapter_names has {len(rows)} names for a batch of {hidden.shape[0]}. Give one a row.")
         mixed = hidden.clone()
-        for name in dict.fromkeys(row for row in rows if row in self.sites):
-            index = torch.tensor([number for number, row in enumerate(rows) if row == name], device=hidden.device)
-            part = [tensor if tensor is None else tensor[index] for tensor in (hidden, stream, entered)]
-            mixed[index] = self._adapt(name, cast(torch.Tensor, part[0]), part[1], part[2])[0]
+        for name, index in rows_by_name(rows, hidden).items():
+            if name in self.sites:
+                part = [tensor if tensor is None else tensor[index] for tensor in (hidden, stream, entered)]
+                mixed[index] = self._adapt(name, cast(torch.Tensor, part[0]), part[1], part[2])[0]
         return mixed
 
     def _channels_second(self, hidden: torch.Tensor) -> bool:
@@ -210,14 +212,18 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.sites)
 
+    def check_deletable(self, adapter_name: str) -> None:
+        """Raises an `AdapterError` if an AdapterFusion mixes the adapter."""
+        if users := [name for name, config in self.configs.items() if adapter_name in (config.fusion or ())]:
+            raise AdapterError(f"Adapter {adapter_name!r} is mixed by {users[0]!r}. Delete {users[0]!r} first.")
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter here; PEFT calls it on all layers.
 
         Raises:
             AdapterError: an AdapterFusion mixes it.
         """
-        if users := [name for name, config in self.configs.items() if adapter_name in (config.fusion or ())]:
-            raise AdapterError(f"Adapter {adapter_name!r} is mixed by {users[0]!r}. Delete {users[0]!r} first.")
+        self.check_deletable(adapter_name)
         for record in (self.sites, self.configs, self.activations, self._rule_owners):
             record.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
@@ -242,6 +248,26 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         for container in (getattr(self, name) for name in self.adapter_layer_names):
             if adapter_name in container and not any(p.is_meta for p in _tensors(container[adapter_name])):
                 container[adapter_name] = _moved(container[adapter_name], device or like.device, like.dtype)
+
+
+def rows_by_name(rows: list[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns by name which rows of `batch` it has.
+
+    Args:
+        rows: One name for each row that was given to the model.
+        batch: A tensor whose first dimension is the batch, or several times it: beams and windows multiply rows.
+
+    Raises:
+        AdapterError: the first dimension is no such thing.
+    """
+    times, rest = divmod(batch.shape[0], len(rows))
+    if rest or not times:
+        raise AdapterError(f"adapter_names has {len(rows)} names for a batch of {batch.shape[0]}. Give one a row.")
+    owners = [name for name in rows for _ in range(times)]
+    return {
+        name: torch.tensor([number for number, owner in enumerate(owners) if owner == name], device=batch.device)
+        for name in dict.fromkeys(rows)
+    }
 
 
 def _tensors(part: nn.Module | torch.Tensor) -> list[torch.Tensor]:
@@ -287,6 +313,20 @@ def detach(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if hook is adapt_output or _is_ours(hook)]:
                 del hooks[key]
+
+
+@contextmanager
+def taken_out(model: nn.Module) -> Iterator[None]:
+    """Takes the adapters and their hooks out inside the block, so that the model is seen as it was without them."""
+    records = [record for m in model.modules() for record in (m._modules, m._forward_hooks, m._forward_pre_hooks)]
+    before = [dict(record) for record in records]
+    detach(model)
+    try:
+        yield
+    finally:
+        for record, content in zip(records, before, strict=True):
+            record.clear()
+            record.update(content)  # type: ignore[arg-type]
 
 
 def adapt_output(host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
