@@ -59,7 +59,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     by_name = {outcome.name: outcome for outcome in outcomes}
     full, staged, adapters = (by_name[name].accuracy for name in (FULL, STAGED, ADAPTERS))
     share = by_name[ADAPTERS].trainable / by_name[ADAPTERS].parameters
-    points, part = 100 * (staged - full), adapters / full if full else float("nan")
+    points, part = round(100 * (staged - full), 6) + 0.0, adapters / full if full else float("nan")
     return (
         f"Staged unfreezing is {points:+.1f} points from full fine-tuning ({staged:.3f} and {full:.3f}): "
         f"{'within' if points >= -0.5 else 'not within'} the half point that was to be kept. "

@@ -1,0 +1,352 @@
+"""The command line: what each command prints, and that each mistake ends in one line with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, Trainer
+
+from hf_freeze import cli
+from hf_freeze.cli import demo_methods
+from hf_freeze.data import EMBEDDED, embedded_model_path
+from hf_freeze.runs import Outcome, load_base, prepare, read_record
+
+TEXTS = [(f"the film was {word} {number}", word) for number in range(15) for word in ("good", "bad")]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A BERT with the embedded model's words and random weights, of four layers."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder but for the data."""
+    monkeypatch.chdir(tmp_path)
+    write_csv("films.csv", TEXTS)
+    return tmp_path
+
+
+@pytest.fixture
+def hf_freeze(monkeypatch, capsys):
+    """Runs a command line in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-freeze", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def write_csv(name: str, rows, header=("text", "label")) -> None:
+    Path(name).write_text("".join(",".join(row) + "\n" for row in [header, *rows]))
+
+
+def everything(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+# What works
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--freeze", "embeddings, layers[:2]", "--unfreeze", "gradual", "--epochs", "2"],
+        ["--adapter", "4"],
+        ["--adapter", "4", "--freeze", "base"],
+        ["--unfreeze", "stages.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_train(options, here, hf_freeze, model):
+    Path("stages.yaml").write_text('stages: [{start: 0, unfreeze: head}, {start: "50%", unfreeze: "layers[-1:]"}]')
+    code, out, err = hf_freeze(
+        "train", "--model", model, "--dataset", "films.csv", "--epochs", 1, "--batch-size", 4, *options
+    )
+    assert (code, err) == (0, "")
+    assert "18 training and 6 test texts in 2 classes, seed 0" in out
+    assert "on all 6 test texts its logits are the trained model's, bit for bit" in out
+    assert len(re.findall(r"^  (good|bad) \(\d+%\): the film was", out, re.MULTILINE)) == 3
+    assert "{" not in out  # no dict of the Trainer's
+    assert read_record(Path("outputs/train"))["labels"] == ["bad", "good"]
+
+
+@pytest.mark.parametrize("shape", ["folders", "jsonl"])
+def test_train_on_folders_and_json_lines_with_columns_of_ones_own(shape, here, hf_freeze, model):
+    if shape == "folders":
+        for number, (text, label) in enumerate(TEXTS):
+            Path("data", label).mkdir(parents=True, exist_ok=True)
+            Path("data", label, f"{number}.txt").write_text(text)
+        options = ["--dataset", "data"]
+    else:
+        lines = [f'{{"body": "{text}", "verdict": "{label}"}}' for text, label in TEXTS]
+        Path("data.jsonl").write_text("\n".join(lines))
+        options = ["--dataset", "data.jsonl", "--text-column", "body", "--label-column", "verdict"]
+    code, out, _ = hf_freeze("train", "--model", model, "--epochs", 1, "--limit", 8, *options)
+    assert code == 0
+    assert "8 training and 6 test texts in 2 classes" in out
+
+
+def test_stage_changes_are_announced(here, hf_freeze, model):
+    code, out, _ = hf_freeze(
+        "train", "--model", model, "--dataset", "films.csv", "--epochs", 2, "--batch-size", 4, "--unfreeze", "gradual"
+    )
+    assert code == 0
+    assert re.findall(r"^step \d+: stage (\d) of (\d): \+", out, re.MULTILINE) == [(str(i), "5") for i in range(1, 6)]
+
+
+def test_one_progress_bar_on_a_terminal_and_none_in_a_log(here, hf_freeze, model, monkeypatch):
+    arguments = ["train", "--model", model, "--dataset", "films.csv", "--epochs", 1, "--batch-size", 4]
+    assert hf_freeze(*arguments, "--output", "log")[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, _, err = hf_freeze(*arguments, "--output", "terminal")
+    finished = [line for line in re.split(r"[\r\n]+", err) if line.startswith("train: 100%") and "loss=" in line]
+    assert "5/5" in finished[-1]
+    assert err.count("\n") == 1  # one bar is left: all else has been drawn over
+    assert "{" not in err
+
+
+def test_train_replaces_an_earlier_run_if_told(here, hf_freeze, model):
+    arguments = ["train", "--model", model, "--dataset", "films.csv", "--epochs", 1]
+    assert hf_freeze(*arguments)[0] == 0
+    Path("outputs/train/notes.txt").write_text("mine")
+    assert hf_freeze(*arguments, "--adapter", 4, "--overwrite")[0] == 0
+    names = {path.name for path in Path("outputs/train").iterdir()}
+    assert "notes.txt" in names and "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+
+
+@pytest.mark.slow
+def test_train_on_real_weights_and_text(here, hf_freeze):
+    code, out, _ = hf_freeze("train", "--limit", 20, "--epochs", 1, "--max-length", 8, "--freeze", "base")
+    assert code == 0
+    assert "20 training and 425 test texts in 5 classes" in out
+    assert "Shares fell sharply" in out
+    assert read_record(Path("outputs/train"))["base_model"] == EMBEDDED
+
+
+# Mistakes: one line, exit code 2, before the first step, and nothing written
+
+
+def refuses(hf_freeze, here: Path, monkeypatch, match: str, *arguments: object) -> None:
+    # A step would be too late for a refusal.
+    monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: pytest.fail("a step was taken"))
+    before = everything(here)
+    code, _, err = hf_freeze("train", *arguments)
+    assert code == 2
+    assert re.fullmatch(rf"Error: .*{match}.*\n", err), err
+    assert everything(here) == before
+
+
+STAGES = {
+    "late": '{start: 0, unfreeze: head}, {start: "500 steps", unfreeze: layers}',
+    "disorder": "{start: 0, unfreeze: head}, {start: 2, unfreeze: layers}, {start: 1, unfreeze: embeddings}",
+    "mixed": '{start: 0, unfreeze: head}, {start: 2, unfreeze: layers}, {start: "1 step", unfreeze: embeddings}',
+    "never": "{start: 0, freeze: head}",
+    "nowhere": '{start: 0, unfreeze: "layers[9]"}',
+    "word": "{start: 0, unfreez: head}",
+    "gap": "{start: 1, unfreeze: head}",
+}
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("No such model folder: 'bert'", ["--model", "./bert"]),
+        (r"'none/such' can't be loaded", ["--model", "none/such"]),
+        ("No such file or folder: 'film.csv'. Did you mean 'films.csv'", ["--dataset", "film.csv"]),
+        ("has no column 'body'.* one of: 'text', 'label'", ["--text-column", "body"]),
+        ("has no column 'lable'. Did you mean 'label'", ["--label-column", "lable"]),
+        ("'heads' names no segment.* Did you mean 'head'", ["--freeze", "heads"]),
+        (r"layers\[9\]", ["--freeze", "layers[9]"]),
+        ("'all' leaves nothing to train. Leave the head out", ["--freeze", "all"]),
+        ("bottleneck_size=0: an adapter needs a size of at least 1", ["--adapter", "0"]),
+        ("Adapters and staged unfreezing together.*Choose one", ["--adapter", "4", "--unfreeze", "gradual"]),
+        ("names 'classifier.*of the head.*freeze 'base'", ["--adapter", "4", "--freeze", "all"]),
+        ("'gradul' is no preset and no file. Did you mean 'gradual'", ["--unfreeze", "gradul"]),
+        ("gradual has 5 stages for this model, and the run 2 steps", ["--unfreeze", "gradual", "--epochs", "1"]),
+        ("lr is 0.0: write a positive number", ["--lr", "0"]),
+        ("epochs is -1.0: write a positive number", ["--epochs", "-1"]),
+        ("batch_size is 0: write a positive number", ["--batch-size", "0"]),
+        ("max_length of 2 has no room for text: use 3 or more", ["--max-length", "2"]),
+        ("A limit of 1 leaves out some of 2 classes", ["--limit", "1"]),
+        ("500 steps.*the run ends at step 6. Start it earlier or train longer", ["--unfreeze", "late"]),
+        ("Stages out of order", ["--unfreeze", "disorder"]),
+        ("Stages out of order", ["--unfreeze", "mixed"]),
+        ("Nothing trains at step 0.*Start with", ["--unfreeze", "never"]),
+        (r"layers\[9\]", ["--unfreeze", "nowhere"]),
+        ("Unknown field 'unfreez'. Did you mean 'unfreeze'", ["--unfreeze", "word"]),
+        ("Nothing trains at step 0: the first stage, at 1", ["--unfreeze", "gap"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(match, options, here, hf_freeze, model, monkeypatch):
+    for name, stages in STAGES.items():
+        Path(name).write_text(f"stages: [{stages}]")
+    defaults = ["--model", model, "--dataset", "films.csv", "--epochs", "3"]
+    refuses(hf_freeze, here, monkeypatch, match, *defaults, *options)
+
+
+def test_refuses_an_empty_class(here, hf_freeze, model, monkeypatch):
+    Path("data/good").mkdir(parents=True)
+    Path("data/good/1.txt").write_text("a")
+    Path("data/bad").mkdir()
+    refuses(hf_freeze, here, monkeypatch, "bad' holds no text: add", "--model", model, "--dataset", "data")
+
+
+def test_refuses_labels_that_differ_between_splits(here, hf_freeze, model, monkeypatch):
+    Path("data").mkdir()
+    write_csv("data/train.csv", TEXTS)
+    write_csv("data/test.csv", [("a", "good"), ("b", "ugly")])
+    match = "test and train differ in the label.s. 'bad', 'ugly'"
+    refuses(hf_freeze, here, monkeypatch, match, "--model", model, "--dataset", "data")
+
+
+def test_refuses_an_output_folder_that_cant_be_used(here, hf_freeze, model, monkeypatch):
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine")
+    for output, match in [
+        ("full", "'full' is not empty: name another one, or pass --overwrite"),
+        ("films.csv", "'films.csv' is a file: name a folder"),
+        ("films.csv/run", "can't be made in"),
+    ]:
+        refuses(hf_freeze, here, monkeypatch, match, "--model", model, "--dataset", "films.csv", "--output", output)
+
+
+def test_refuses_adapters_as_a_base_model(here, hf_freeze, model, monkeypatch):
+    arguments = ["--dataset", "films.csv", "--epochs", 1, "--adapter", 4]
+    assert hf_freeze("train", "--model", model, *arguments)[0] == 0
+    refuses(
+        hf_freeze, here, monkeypatch, "adapters alone: name the model that they belong to",
+        "--model", "outputs/train", "--dataset", "films.csv", "--output", "second",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["train", "--epochs", "many"], ["train", "--no-such-option"], ["trian"]])
+def test_usage_errors_have_exit_code_2(arguments, hf_freeze):
+    assert hf_freeze(*arguments)[0] == 2
+
+
+def test_the_installed_command_has_exit_codes_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_freeze.cli", "train", "--adapter", "0"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("Error: bottleneck_size=0: .*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130_and_leaves_nothing(here, model):
+    arguments = ["train", "--model", model, "--dataset", "films.csv"]
+    # Ctrl-C is a signal, which only a process of its own can be sent.
+    child = subprocess.Popen(
+        [sys.executable, "-m", "hf_freeze.cli", *arguments, "--epochs", "100000", "--unfreeze", "gradual"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    while "stage 1" not in child.stdout.readline():
+        assert child.poll() is None, child.stderr.read()
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    assert everything(here) == [here / "films.csv"]
+
+
+# inspect
+
+
+def test_inspect_shows_the_class_that_the_config_names(hf_freeze, model):
+    code, out, _ = hf_freeze("inspect", model)
+    assert code == 0
+    assert "BertForSequenceClassification" in out
+    assert re.search(r"head .*34 ", out)  # 16 x 2 weights and 2 biases
+    assert "BertModel" in hf_freeze("inspect", EMBEDDED)[1]
+
+
+def test_inspect_lists_what_a_selector_names(hf_freeze, model):
+    assert hf_freeze("inspect", model, "--select", "head")[1].split() == ["classifier.weight", "classifier.bias"]
+
+
+def test_inspect_refuses_in_one_line(here, hf_freeze, model):
+    for arguments in (["./none"], ["none/such"], [model, "--select", "heads"]):
+        code, out, err = hf_freeze("inspect", *arguments)
+        assert (code, out) == (2, "")
+        assert re.fullmatch("Error: .*\n", err)
+
+
+# demo
+
+
+def outcome(name: str, accuracy: float, trainable: int = 100) -> Outcome:
+    return Outcome(name, trainable, 100, 1.0, accuracy, accuracy, np.empty(0), None, None)
+
+
+@pytest.mark.parametrize(
+    ("staged", "adapters", "expected"),
+    [
+        (0.960, 0.941, ["+0.0 points", "within the half", "98.0%", "at least"]),
+        (0.955, 0.940, ["-0.5 points", "within the half", "97.9%", "below"]),
+        (0.954, 0.970, ["-0.6 points", "not within the half", "101.0%", "at least"]),
+    ],
+)
+def test_the_verdict_says_what_was_kept_and_what_missed(staged, adapters, expected):
+    found = demo_methods.verdict(
+        [
+            outcome(demo_methods.ADAPTERS, adapters, trainable=2),
+            outcome(demo_methods.STAGED, staged),
+            outcome(demo_methods.FULL, 0.960),
+        ]
+    )
+    assert [phrase for phrase in expected if phrase in found] == expected
+    assert ("not within" in found) == ("not within the half" in expected)
+
+
+def test_the_demos_adapters_are_at_most_three_percent():
+    _, model = load_base(EMBEDDED, tuple("abcde"))
+    prepare(model, demo_methods.method(demo_methods.ADAPTERS))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert 0 < trainable <= 0.03 * model.num_parameters()
+
+
+def test_demo_refuses_a_folder_with_files_that_are_not_its_own(here, hf_freeze):
+    Path("outputs/demo").mkdir(parents=True)
+    Path("outputs/demo/notes.txt").write_text("mine")
+    code, _, err = hf_freeze("demo")
+    assert code == 2
+    assert "'outputs/demo' is not empty" in err
+
+
+@pytest.mark.slow
+def test_demo_compares_four_methods_and_runs_twice(here, hf_freeze, monkeypatch):
+    # The demo itself, on fewer and shorter texts.
+    monkeypatch.setattr(demo_methods, "LIMIT", 40)
+    monkeypatch.setattr(demo_methods, "MAX_LENGTH", 8)
+    monkeypatch.setattr(demo_methods, "SETTINGS", {n: (lr, 2.0) for n, (lr, _) in demo_methods.SETTINGS.items()})
+    for _ in range(2):
+        code, out, err = hf_freeze("demo", "--seed", 3)
+        assert (code, err) == (0, "")
+    assert "40 train, 425 validation, 425 test texts, stratified, seed 3" in out
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == list(demo_methods.SETTINGS)
+    assert max(map(len, rows)) <= 80
+    assert "points from full fine-tuning" in out and "bit for bit" in out
