@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, Trainer
 
-from hf_freeze import cli
+from hf_freeze import cli, runs
 from hf_freeze.cli import demo_methods
 from hf_freeze.data import EMBEDDED, embedded_model_path
 from hf_freeze.runs import Outcome, load_base, prepare, read_record
@@ -134,6 +134,13 @@ def test_train_replaces_an_earlier_run_if_told(here, hf_freeze, model):
     names = {path.name for path in Path("outputs/train").iterdir()}
     assert "notes.txt" in names and "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
+
+
+def test_a_model_that_comes_back_changed_is_no_success(here, hf_freeze, model, monkeypatch):
+    # The bug that this guards against does not exist: the base model stands in for what `load` would then return.
+    monkeypatch.setattr(runs, "load", lambda folder: load_base(model, ("bad", "good")))
+    with pytest.raises(RuntimeError, match="predicts otherwise than the one that was trained"):
+        hf_freeze("train", "--model", model, "--dataset", "films.csv", "--epochs", 1)
 
 
 @pytest.mark.slow
