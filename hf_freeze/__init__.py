@@ -1,7 +1,7 @@
 """hf_freeze: freeze, adapt and unfreeze pretrained transformers models.
 
 The public names are loaded when they are first used, so that importing hf_freeze costs next to nothing. The PEFT method
-BOTTLENECK is registered with `BottleneckConfig`, and at once where PEFT has been imported already.
+BOTTLENECK is registered at once where PEFT has been imported, else when it is.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_with_peft
+
 __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ["BottleneckConfig"],
+    "adapters.fusion": ["average_adapters"],
     "callbacks": ["StagedUnfreezing"],
     "errors": ["FreezeError"],
     "freezing": ["freeze", "freeze_until", "frozen_modules", "trainable_summary", "unfreeze"],
@@ -26,6 +29,7 @@ __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
     from .adapters import BottleneckConfig as BottleneckConfig
+    from .adapters.fusion import average_adapters as average_adapters
     from .callbacks import StagedUnfreezing as StagedUnfreezing
     from .errors import FreezeError as FreezeError
     from .freezing import freeze as freeze
@@ -42,10 +46,14 @@ if TYPE_CHECKING:
     from .selectors import select as select
 
 
+register_with_peft()
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    home = "auto" if name.startswith("AutoFreezeModel") else _HOME_OF.get(name)  # one for each auto class there is
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value
 

@@ -24,6 +24,7 @@ from .placement import Site
 _PEFT_PREFIX = "base_model.model."
 _OWN_PARTS = {"weight", "bias", "left", "right", CHILD, *BottleneckLayer.adapter_layer_names}
 _SAVED = ("modules_to_save", "original_module")
+_OTHER_MODEL = "The adapter was saved from another model or config:"
 
 
 def check_name(model: nn.Module, name: str) -> None:
@@ -67,11 +68,15 @@ def check_file(model: nn.Module, config: BottleneckConfig, sites: Mapping[str, S
             file is none of the model's, or has another shape.
     """
     record = config.record or {}
+    widths = {name: site.width for name, site in sites.items()}
+    if config.inference_mode and record.get("widths", widths) != widths:  # transformers' own way tells no shapes
+        here, there = (_outline(part) for part in (widths, record["widths"]))
+        raise AdapterError(f"{_OTHER_MODEL} it is for {there}, where this model has {here}.")
     shapes = {name.replace(".original_module.", "."): tensor.shape for name, tensor in model.state_dict().items()}
     for name in record.get("thawed", ()):
         if name not in shapes:
             raise AdapterError(f"{_OTHER_MODEL} it holds {name!r}, which this model has not.")
-    if config.shapes is None:
+    if config.shapes is None or not (config.shapes or config.inference_mode):
         return
     found = {name.removeprefix(_PEFT_PREFIX): torch.Size(shape) for name, shape in config.shapes.items()}
     needed = _needed(config, sites)
@@ -82,7 +87,9 @@ def check_file(model: nn.Module, config: BottleneckConfig, sites: Mapping[str, S
             raise AdapterError(f"{_OTHER_MODEL} {name!r} is {tuple(shape)} there, and {tuple(expected)} here.")
 
 
-_OTHER_MODEL = "The adapter was saved from another model or config:"
+def _outline(widths: Mapping[str, int]) -> str:
+    first = next(iter(widths))
+    return f"{len(widths)} modules such as {first!r} of width {widths[first]}"
 
 
 def check_names(needed: Collection[str], found: Collection[str]) -> None:
@@ -92,6 +99,8 @@ def check_names(needed: Collection[str], found: Collection[str]) -> None:
         AdapterError: some are missing, or some are too many.
     """
     if missing := sorted(set(needed) - set(found)):
+        if not found:
+            raise AdapterError(f"There is no file of weights with {missing[0]!r}. Save or download the adapter again.")
         raise AdapterError(f"{_OTHER_MODEL} its file lacks {missing[0]!r} and {len(missing) - 1} more.")
     if extra := sorted(set(found) - set(needed)):
         raise AdapterError(f"{_OTHER_MODEL} its file has {extra[0]!r} and {len(extra) - 1} more with no place here.")

@@ -1,4 +1,4 @@
-"""The four kinds of model that PEFT's contract is tested on, tiny, each with inputs, and adapters that have an effect."""
+"""The four kinds of model that PEFT's contract is tested on, tiny, each with inputs, and trained adapters."""
 
 from __future__ import annotations
 
