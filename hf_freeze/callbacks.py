@@ -109,10 +109,10 @@ def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> s
     summary = trainable_summary(model)
     rates = sorted(set(stage.rates.values()))
     span = " to ".join(f"{rate:.2g}" for rate in dict.fromkeys([*rates[:1], *rates[-1:]]))
-    changes = [f"+ {stage.stage.unfreeze}" if stage.stage.unfreeze else ""]
-    changes += [f"- {stage.stage.freeze}" if stage.stage.freeze else ""]
+    terms = [("+", stage.stage.unfreeze), ("-", stage.stage.freeze)]
+    changes = " ".join(f"{sign} {selector}" for sign, selector in terms if selector)
     return (
-        f"step {stage.step}: stage {index + 1} of {count}: {textwrap.shorten(' '.join(changes).strip(), 100)}: "
+        f"step {stage.step}: stage {index + 1} of {count}: {textwrap.shorten(changes, 100)}: "
         f"{summary.trainable:,} parameters train ({summary.share:.1%})" + (f", lr {span}" if span else "")
     )
 

@@ -131,7 +131,7 @@ class Regrouping:
         wholes = [group for group, size in zip(state["param_groups"], self.sizes, strict=True) for _ in range(size)]
         params = iter([p for group in state["param_groups"] for p in group["params"]])
         groups = [
-            {**whole, "lr": own["lr"], "params": [p for _, p in zip(own["params"], params, strict=False)]}
+            {**whole, "params": [p for _, p in zip(own["params"], params, strict=False)]}
             for whole, own in zip(wholes, optimizer.param_groups, strict=True)
         ]
         return {**state, "param_groups": groups}
