@@ -27,6 +27,7 @@ from torch import nn
 from .errors import SelectorError, nearest
 from .layers import GUARD, LayerMap, Segment, adapter_containers, layer_map
 from .selectors import Selector, select
+from .state import record
 from .thawed import mark_thawed
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def freeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
     for name in names:
         _stop(parameters[name])
     _settle(layers, names)
+    record(model)
     return names
 
 
@@ -145,6 +147,7 @@ def unfreeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
         parameters[name].requires_grad_(True)
     mark_thawed(model, names)
     _settle(layers, ())
+    record(model)
     return names
 
 
@@ -169,7 +172,7 @@ def freeze_until(model: nn.Module, name: str) -> tuple[str, ...]:
     before = layers.segments[: layers.segments.index(first)]
     names = [own for segment in before for own in layers.held_by(segment) if layers.owners[own] in before]
     if not names:
-        raise SelectorError(f"Nothing stands before {name!r}: {first.name!r} comes first in {layers.outline}.")
+        raise SelectorError(f"Nothing stands before {name!r}. Name what comes later in {layers.outline}.")
     return freeze(model, names)
 
 

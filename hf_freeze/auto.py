@@ -1,0 +1,135 @@
+"""Load, freeze and adapt in one call: an `AutoFreezeModelFor...` for each auto class of transformers.
+
+What lives here: the one function that makes these classes. What may not: models of our own. What comes back is the
+ordinary transformers model, its class unchanged. How data passes through:
+
+    name or folder -> auto class -> model -> freeze -> add_adapter        folder of ours -> the same, as it was saved
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import transformers
+from peft import PeftConfig
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from .errors import FreezeError, nearest
+from .freezing import freeze, unfreeze
+from .selectors import Selector
+from .state import RECORD
+
+PREFIX = "AutoFreeze"
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def auto_freeze(auto_class: Any) -> type:
+    """Makes the class that loads with `auto_class`, freezes and adapts.
+
+    Args:
+        auto_class: A transformers auto class, such as `AutoModelForSequenceClassification`.
+
+    Returns:
+        A class with `from_pretrained`, which takes all that the auto class takes, and ``freeze=`` and ``adapter=``.
+    """
+
+    def from_pretrained(
+        name_or_path: str, *args: Any, freeze: Selector | None = None, adapter: PeftConfig | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Loads a model, freezes what `freeze` selects, and puts in the adapters that `adapter` describes.
+
+        Given a folder that `save_pretrained` has written from such a model, or its name on the hub, it restores base,
+        adapters, base weights trained with them, and what was frozen and what trained.
+
+        Args:
+            name_or_path: A model's name on the hub, or a folder.
+            args: Passed on to the auto class, as `kwargs` are.
+            freeze: Selector of what to freeze, e.g. ``"base"``. It is kept in eval mode.
+            adapter: The adapters to put in. PEFT then switches off the gradient of all else, the head included:
+                name what should train with them in `modules_to_save`.
+
+        Returns:
+            The transformers model, in eval mode as from the auto class.
+
+        Raises:
+            SelectorError: the selector names nothing. AdapterError: no adapters can be put in.
+            FreezeError: the folder holds adapters already, and more are asked for.
+        """
+        saved = _saved_adapter(name_or_path, kwargs)
+        if saved is not None and (adapter is not None or freeze is not None):
+            raise FreezeError(
+                f"{str(name_or_path)!r} was saved frozen and adapted. Leave out freeze= and adapter=, or name the base."
+            )
+        record = getattr(saved, "record", None) or {}
+        if record.get("config") and "config" not in kwargs:
+            kwargs["config"] = AutoConfig.for_model(**record["config"])
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = auto_class.from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+        if saved is not None:
+            _restore(model, record)
+        else:
+            _prepare(model, freeze, adapter, info["missing_keys"])
+        return (model, info) if wants_info else model
+
+    def from_config(config: Any, freeze: Selector | None = None, adapter: PeftConfig | None = None) -> PreTrainedModel:
+        """Builds a model without pretrained weights from a config, and freezes and adapts it like `from_pretrained`."""
+        model = auto_class.from_config(config)
+        _prepare(model, freeze, adapter, dict(model.named_parameters()))
+        return model
+
+    name = PREFIX + auto_class.__name__.removeprefix("Auto")
+    functions = {"from_pretrained": staticmethod(from_pretrained), "from_config": staticmethod(from_config)}
+    doc = f"Loads a model as transformers' `{auto_class.__name__}` does, then freezes and adapts it."
+    return type(name, (), {**functions, "__doc__": doc, "__module__": __name__})
+
+
+def _prepare(
+    model: PreTrainedModel, selector: Selector | None, adapter: PeftConfig | None, new: Collection[str]
+) -> None:
+    """Freezes and adapts a model that is not one of ours, or is one without adapters.
+
+    With adapters, what `selector` leaves alone goes on training; and if there is no selector, what has no pretrained
+    weights (`new`): a random head that PEFT has frozen would never learn anything.
+    """
+    saved = getattr(model.config, RECORD, None) or {}
+    parts = selector if selector is not None else saved.get("frozen")
+    model.config.architectures = [type(model).__name__]
+    setattr(model.config, RECORD, {"frozen": []})  # kept up to date by `freeze` and `unfreeze`
+    if parts:
+        freeze(model, parts)
+    left = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if adapter is not None:
+        model.add_adapter(adapter)
+        kept = left if parts else [name for name in left if name in new]
+        if kept := [name for name in kept if name in dict(model.named_parameters())]:  # not under modules_to_save
+            unfreeze(model, kept)
+
+
+def _restore(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Puts a model that was loaded with its adapters back into the state in which it was saved."""
+    model.set_adapter(model.active_adapters())  # transformers loads them for inference: this lets them train again
+    if record.get("trainable"):
+        unfreeze(model, record["trainable"])
+    if record.get("frozen"):
+        freeze(model, record["frozen"])
+
+
+def _saved_adapter(name_or_path: str, kwargs: dict[str, Any]) -> PeftConfig | None:
+    """Returns the config of the adapter in a folder or on the hub; None where there is none."""
+    options = {key: kwargs[key] for key in _HUB_OPTIONS if key in kwargs}
+    if find_adapter_config_file(str(name_or_path), **options) is None:
+        return None
+    return PeftConfig.from_pretrained(str(name_or_path), **options)
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    auto_class = getattr(transformers, "Auto" + name.removeprefix(PREFIX), None)
+    if auto_class is None:
+        known = [PREFIX + other.removeprefix("Auto") for other in dir(transformers) if other.startswith("AutoModel")]
+        raise AttributeError(f"transformers has no auto class for {name!r}.{nearest(name, known)}")
+    globals()[name] = auto_freeze(auto_class)
+    return globals()[name]

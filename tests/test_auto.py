@@ -1,0 +1,225 @@
+"""One call that loads, freezes and adapts, and one that brings back what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import hf_freeze
+from hf_freeze import BottleneckConfig, FreezeError, freeze, select, unfreeze
+from hf_freeze.auto import AutoFreezeModelForSequenceClassification as AutoFreeze
+from hf_freeze.errors import SelectorError
+
+SIZES = {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 24}
+INPUTS = {"input_ids": torch.randint(0, 30, (2, 7), generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A pretrained BERT without a classifier, in a folder."""
+    folder = tmp_path_factory.mktemp("bert")
+    BertForMaskedLM(BertConfig(vocab_size=30, **SIZES)).save_pretrained(folder)
+    return str(folder)
+
+
+def trains(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def disturb(model: Any) -> None:
+    """Changes what trains, as training would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**INPUTS).logits
+
+
+def test_it_loads_freezes_and_adapts_and_the_class_is_transformers_own(base: str) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig(), num_labels=4)
+
+    assert type(model) is BertForSequenceClassification
+    assert model.num_labels == 4
+    assert trains(model) == set(select(model, "adapters, head"))
+    assert not model.train().bert.embeddings.training
+
+
+def test_it_loads_the_weights_that_the_auto_class_loads(base: str) -> None:
+    model, plain = AutoFreeze.from_pretrained(base), AutoModelForSequenceClassification.from_pretrained(base)
+
+    assert all(torch.equal(a, b) for a, b in zip(model.bert.parameters(), plain.bert.parameters(), strict=True))
+    assert trains(model) == trains(plain)
+
+
+def test_a_new_head_trains_with_the_adapters_since_it_has_no_pretrained_weights(base: str) -> None:
+    model = AutoFreeze.from_pretrained(base, adapter=BottleneckConfig())
+
+    assert {"classifier.weight", "classifier.bias"} <= trains(model)
+    assert "bert.embeddings.word_embeddings.weight" not in trains(model)
+
+
+def test_a_pretrained_head_is_frozen_with_the_adapters_as_peft_has_it(base: str) -> None:
+    model = hf_freeze.AutoFreezeModelForMaskedLM.from_pretrained(base, adapter=BottleneckConfig())
+
+    assert trains(model) == set(select(model, "adapters"))
+
+
+def test_what_the_selector_leaves_alone_trains_with_the_adapters(base: str) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="embeddings, layers[:2]", adapter=BottleneckConfig())
+
+    assert trains(model) == set(select(model, "layers[2], pooler, head, adapters"))
+
+
+def test_modules_to_save_are_left_to_peft(base: str) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig(modules_to_save=["classifier"]))
+
+    assert trains(model) - set(select(model, "adapters")) == {
+        "classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias",
+    }  # fmt: skip
+
+
+def test_any_peft_method_may_be_the_adapter(base: str) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=LoraConfig(target_modules=["query"]))
+
+    assert any("lora_A" in name for name in trains(model))
+
+
+ADAPTERS = {
+    "layer": BottleneckConfig(), "pfeiffer": BottleneckConfig.pfeiffer(), "parallel": BottleneckConfig.parallel(),
+    "modules to save": BottleneckConfig(modules_to_save=["classifier"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_saved_folder_restores_base_adapters_thawed_weights_and_state(base: str, adapter, tmp_path: Path) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=adapter, num_labels=4)
+    unfreeze(model, "layers[-1]")
+    disturb(model)
+    model.save_pretrained(tmp_path)
+
+    restored = AutoFreeze.from_pretrained(str(tmp_path))
+
+    assert torch.equal(logits(restored), logits(model))
+    assert trains(restored) == trains(model)
+    assert [m.training for m in restored.train().modules()] == [m.training for m in model.train().modules()]
+    assert restored.config.num_labels == 4
+
+
+def test_what_was_trained_and_frozen_again_comes_back_too(base: str, tmp_path: Path) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig())
+    unfreeze(model, "layers[0]")
+    disturb(model)
+    freeze(model, "layers[0]")
+    model.save_pretrained(tmp_path)
+
+    restored = AutoFreeze.from_pretrained(str(tmp_path))
+
+    assert torch.equal(logits(restored), logits(model))
+    assert trains(restored) == trains(model)
+
+
+def test_a_folder_without_adapters_restores_what_was_frozen_when_it_was_saved(base: str, tmp_path: Path) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="embeddings, layers[:2]", num_labels=4)
+    unfreeze(model, "layers[1]")
+    disturb(model)
+    model.save_pretrained(tmp_path)
+
+    restored = AutoFreeze.from_pretrained(str(tmp_path))
+
+    assert torch.equal(logits(restored), logits(model))
+    assert trains(restored) == trains(model) == set(select(model, "layers[1:], pooler, head"))
+    assert not restored.train().bert.encoder.layer[0].training
+
+
+def test_the_folder_loads_without_hf_freeze_s_wrapper_as_well(base: str, tmp_path: Path) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig())
+    disturb(model)
+    model.save_pretrained(tmp_path)
+
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits(model))
+
+
+def test_saving_again_after_loading_loses_nothing(base: str, tmp_path: Path) -> None:
+    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig(), num_labels=4)
+    unfreeze(model, "layers[-1]")
+    disturb(model)
+    model.save_pretrained(tmp_path / "once")
+    AutoFreeze.from_pretrained(str(tmp_path / "once")).save_pretrained(tmp_path / "twice")
+
+    assert torch.equal(logits(AutoFreeze.from_pretrained(str(tmp_path / "twice"))), logits(model))
+
+
+OTHERS = {
+    "AutoFreezeModelForCausalLM": GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=12, n_head=2, vocab_size=30)),
+    "AutoFreezeModelForSeq2SeqLM": T5ForConditionalGeneration(
+        T5Config(vocab_size=30, d_model=12, d_kv=6, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    ),
+    "AutoFreezeModelForImageClassification": ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SIZES)),
+}
+
+
+@pytest.mark.parametrize(("name", "model"), OTHERS.items(), ids=OTHERS)
+def test_each_auto_class_has_its_sibling(name: str, model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+
+    loaded = getattr(hf_freeze, name).from_pretrained(tmp_path, freeze="base", adapter=BottleneckConfig())
+
+    assert type(loaded) is type(model)
+    assert set(select(loaded, "adapters")) <= trains(loaded)
+
+
+def test_all_auto_classes_of_transformers_have_one() -> None:
+    for name in (name for name in dir(transformers) if name.startswith("AutoModel") and name != "AutoModelForX"):
+        sibling = getattr(hf_freeze, "AutoFreeze" + name.removeprefix("Auto"))
+        assert sibling.__name__ == "AutoFreeze" + name.removeprefix("Auto")
+
+
+def test_from_config_builds_freezes_and_adapts() -> None:
+    model = AutoFreeze.from_config(BertConfig(vocab_size=30, **SIZES), freeze="base", adapter=BottleneckConfig())
+
+    assert trains(model) == set(select(model, "adapters, head"))
+
+
+def test_the_loading_info_is_given_where_it_is_asked_for(base: str) -> None:
+    model, info = AutoFreeze.from_pretrained(base, output_loading_info=True)
+
+    assert isinstance(model, BertForSequenceClassification)
+    assert "classifier.weight" in info["missing_keys"]
+
+
+def test_a_saved_folder_takes_no_second_recipe(base: str, tmp_path: Path) -> None:
+    AutoFreeze.from_pretrained(base, adapter=BottleneckConfig()).save_pretrained(tmp_path)
+
+    with pytest.raises(FreezeError, match=r"saved frozen and adapted\. Leave out freeze= and adapter="):
+        AutoFreeze.from_pretrained(str(tmp_path), freeze="base")
+
+
+def test_a_wrong_selector_names_the_nearest(base: str) -> None:
+    with pytest.raises(SelectorError, match="embeddings"):
+        AutoFreeze.from_pretrained(base, freeze="embedings")
+
+
+def test_an_unknown_sibling_names_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="AutoFreezeModelForSequenceClassification"):
+        hf_freeze.AutoFreezeModelForSequenceClassificaton  # noqa: B018
