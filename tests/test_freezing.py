@@ -440,6 +440,7 @@ def test_a_frozen_adapter_has_no_dropout(bert, method):
     assert all(dropout.training for dropout in dropouts)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_one_adapter_is_frozen_beside_another(bert):
     for name in ("kept", "tuned"):
         bert.add_adapter(ADAPTERS["lora"](), adapter_name=name)

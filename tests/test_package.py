@@ -14,7 +14,7 @@ import hf_freeze
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_freeze"
-SCREEN = 40  # lines
+SCREEN = 50  # lines
 BAR = 0.2  # seconds, the design's for `import hf_freeze` after `import transformers`
 HEAVY = {"torch", "peft", "transformers", "accelerate", "datasets", "rich", "yaml"}
 
