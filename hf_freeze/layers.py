@@ -345,15 +345,16 @@ def _head_modules(modules: Mapping[str, nn.Module]) -> set[str]:
     model inside (BLIP-2, an encoder-decoder of two models), or is a plain `nn.Module`, a head is told by its name.
     """
     heads: set[str] = set()
-    outermost = next((path for path, module in modules.items() if len(list(module.children())) > 1), "")
+    in_wrappers = True  # DDP, torch.compile: modules with one child
     for path, module in modules.items():
-        children = [name for name, _ in module.named_children()]
+        children = [name for name, _ in module.named_children() if name != GUARD]
         prefix = getattr(module, "base_model_prefix", None)
         is_task = prefix is not None and (_TASK_CLASS.search(type(module).__name__) or "lm_head" in children)
         if is_task and prefix in children:
             heads |= {join(path, name) for name in children if name != prefix}
-        elif is_task or (prefix is None and path == outermost):
+        elif is_task or (prefix is None and in_wrappers):
             heads |= {join(path, name) for name in children if _HEAD.search(name)}
+        in_wrappers = in_wrappers and len(children) == 1
     return heads
 
 

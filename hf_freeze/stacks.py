@@ -211,8 +211,8 @@ def _is_layer_list(path: str, module: nn.Module) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Tells a module without children, those aside that `torch.nn.utils.parametrizations` puts into it (VITS)."""
-    return all(name == "parametrizations" for name, _ in module.named_children())
+    """Tells a module without children, but for the guard and what torch's `parametrizations` puts in (VITS)."""
+    return all(name in ("parametrizations", GUARD) for name, _ in module.named_children())
 
 
 def _is_list(module: nn.Module) -> bool:
