@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +89,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swinv2": {"image_size": 64, "window_size": 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Models built inside have shapes and ties but no numbers, so that one of any size takes milliseconds."""
+    with torch.device("meta"):
+        yield
 
 
 def _small_list(name: str, value: list[Any]) -> list[Any] | None:
