@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ["BottleneckConfig"],
+    "adapters.adapterhub": ["load_adapterhub", "save_adapterhub"],
     "adapters.fusion": ["average_adapters"],
     "callbacks": ["StagedUnfreezing"],
     "errors": ["FreezeError"],
@@ -29,6 +30,8 @@ __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
     from .adapters import BottleneckConfig as BottleneckConfig
+    from .adapters.adapterhub import load_adapterhub as load_adapterhub
+    from .adapters.adapterhub import save_adapterhub as save_adapterhub
     from .adapters.fusion import average_adapters as average_adapters
     from .callbacks import StagedUnfreezing as StagedUnfreezing
     from .errors import FreezeError as FreezeError
