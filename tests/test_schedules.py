@@ -160,7 +160,7 @@ ARCHITECTURES = [
     ("deberta-v2", CLASSIFIER, {"num_hidden_layers": 4}),
     ("gpt2", CLASSIFIER, {"n_layer": 4}),
     ("llama", CLASSIFIER, {"num_hidden_layers": 4}),
-    ("qwen3", transformers.AutoModelForTokenClassification, {"num_hidden_layers": 4}),
+    ("mistral", transformers.AutoModelForTokenClassification, {"num_hidden_layers": 4}),
     ("vit", transformers.AutoModelForImageClassification, {"num_hidden_layers": 4}),
     ("wav2vec2", transformers.AutoModelForAudioClassification, {"num_hidden_layers": 4}),
 ]
