@@ -8,6 +8,7 @@ ordinary transformers model, its class unchanged. How data passes through:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -20,6 +21,7 @@ from .errors import FreezeError, nearest
 from .freezing import freeze, unfreeze
 from .selectors import Selector
 from .state import RECORD
+from .thawed import mark_thawed
 
 PREFIX = "AutoFreeze"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -76,7 +78,7 @@ def auto_freeze(auto_class: Any) -> type:
     def from_config(config: Any, freeze: Selector | None = None, adapter: PeftConfig | None = None) -> PreTrainedModel:
         """Builds a model without pretrained weights from a config, and freezes and adapts it like `from_pretrained`."""
         model = auto_class.from_config(config)
-        _prepare(model, freeze, adapter, dict(model.named_parameters()))
+        _prepare(model, freeze, adapter, new=())
         return model
 
     name = PREFIX + auto_class.__name__.removeprefix("Auto")
@@ -91,14 +93,23 @@ def _prepare(
     """Freezes and adapts a model that is not one of ours, or is one without adapters.
 
     With adapters, what `selector` leaves alone goes on training; and if there is no selector, what has no pretrained
-    weights (`new`): a random head that PEFT has frozen would never learn anything.
+    weights (`new`): a random head that PEFT has frozen would never learn anything. What is new is marked in any case,
+    so that an adapter's file holds it: loading the base again would draw it anew.
     """
     saved = getattr(model.config, RECORD, None) or {}
     parts = selector if selector is not None else saved.get("frozen")
     model.config.architectures = [type(model).__name__]
     setattr(model.config, RECORD, {"frozen": []})  # kept up to date by `freeze` and `unfreeze`
+    names = dict(model.named_parameters())
+    mark_thawed(model, [name for name in new if name in names])
     if parts:
-        freeze(model, parts)
+        frozen = freeze(model, parts)
+        if random := [name for name in frozen if name in new]:
+            warnings.warn(
+                f"{random[0]!r} and {len(random) - 1} more are frozen by {parts!r} and have no pretrained weights: "
+                f"they stay random. Leave them out, as in 'base - pooler'.",
+                stacklevel=3,
+            )
     left = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if adapter is not None:
         model.add_adapter(adapter)

@@ -26,7 +26,8 @@ def describe(layers: LayerMap, names: Collection[str]) -> list[str]:
     """
     wanted = set(names) & set(layers.owners)
     base = [segment for segment in layers if segment.kind != "adapters"]
-    whole = [segment for segment in base if segment.parameter_names and wanted.issuperset(layers.held_by(segment))]
+    named = [segment for segment in base if segment.parameter_names and segment.kind != "norm"]  # that names all norms
+    whole = [segment for segment in named if wanted.issuperset(layers.held_by(segment))]
     covered = {name for segment in whole for name in layers.held_by(segment)}
     rest = [name for segment in base for name in segment.parameter_names if name in wanted - covered]
     return [segment.name for segment in whole] + rest

@@ -16,7 +16,7 @@ from .layers import adapter_containers
 from .stacks import GUARD, join
 
 _MARK = "_hf_freeze_thawed"
-_WRAPPER = "modules_to_save"  # PEFT keeps, trains and saves copies of whole modules under this name
+_COPIES = ("modules_to_save", "original_module")  # PEFT trains and saves a copy of a module, beside the original
 
 
 def mark_thawed(model: nn.Module, names: Iterable[str]) -> None:
@@ -51,7 +51,7 @@ def _base_modules(path: str, module: nn.Module, kept_still: bool = False) -> Ite
     """Yields the modules of the base model: name, module, and whether a guard keeps it in eval mode."""
     kept_still = kept_still or hasattr(module, GUARD)
     yield path, module, kept_still
-    left_out = (*adapter_containers(module), _WRAPPER, GUARD)
+    left_out = (*adapter_containers(module), *_COPIES, GUARD)
     for name, child in module.named_children():
         if name not in left_out:
             yield from _base_modules(join(path, name), child, kept_still)

@@ -27,13 +27,14 @@ from hf_freeze import BottleneckConfig, FreezeError, freeze, select, unfreeze
 from hf_freeze.auto import AutoFreezeModelForSequenceClassification as AutoFreeze
 from hf_freeze.errors import SelectorError
 
+BASE = "base - pooler"
 SIZES = {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 24}
 INPUTS = {"input_ids": torch.randint(0, 30, (2, 7), generator=torch.Generator().manual_seed(0))}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A pretrained BERT without a classifier, in a folder."""
+    """A pretrained BERT without pooler and classifier, in a folder."""
     folder = tmp_path_factory.mktemp("bert")
     BertForMaskedLM(BertConfig(vocab_size=30, **SIZES)).save_pretrained(folder)
     return str(folder)
@@ -57,19 +58,25 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_it_loads_freezes_and_adapts_and_the_class_is_transformers_own(base: str) -> None:
-    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig(), num_labels=4)
+    model = AutoFreeze.from_pretrained(base, freeze=BASE, adapter=BottleneckConfig(), num_labels=4)
 
     assert type(model) is BertForSequenceClassification
     assert model.num_labels == 4
-    assert trains(model) == set(select(model, "adapters, head"))
+    assert trains(model) == set(select(model, "adapters, pooler, head"))
     assert not model.train().bert.embeddings.training
 
 
 def test_it_loads_the_weights_that_the_auto_class_loads(base: str) -> None:
     model, plain = AutoFreeze.from_pretrained(base), AutoModelForSequenceClassification.from_pretrained(base)
 
-    assert all(torch.equal(a, b) for a, b in zip(model.bert.parameters(), plain.bert.parameters(), strict=True))
+    layers, others = model.bert.encoder.parameters(), plain.bert.encoder.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(layers, others, strict=True))
     assert trains(model) == trains(plain)
+
+
+def test_freezing_what_has_no_pretrained_weights_is_told(base: str) -> None:
+    with pytest.warns(UserWarning, match=r"bert.pooler.dense.* have no pretrained weights.*'base - pooler'"):
+        AutoFreeze.from_pretrained(base, freeze="base")
 
 
 def test_a_new_head_trains_with_the_adapters_since_it_has_no_pretrained_weights(base: str) -> None:
@@ -92,15 +99,15 @@ def test_what_the_selector_leaves_alone_trains_with_the_adapters(base: str) -> N
 
 
 def test_modules_to_save_are_left_to_peft(base: str) -> None:
-    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig(modules_to_save=["classifier"]))
+    model = AutoFreeze.from_pretrained(base, freeze=BASE, adapter=BottleneckConfig(modules_to_save=["classifier"]))
 
-    assert trains(model) - set(select(model, "adapters")) == {
+    assert trains(model) - set(select(model, "adapters, pooler")) == {
         "classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias",
     }  # fmt: skip
 
 
 def test_any_peft_method_may_be_the_adapter(base: str) -> None:
-    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=LoraConfig(target_modules=["query"]))
+    model = AutoFreeze.from_pretrained(base, freeze=BASE, adapter=LoraConfig(target_modules=["query"]))
 
     assert any("lora_A" in name for name in trains(model))
 
@@ -113,7 +120,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 def test_a_saved_folder_restores_base_adapters_thawed_weights_and_state(base: str, adapter, tmp_path: Path) -> None:
-    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=adapter, num_labels=4)
+    model = AutoFreeze.from_pretrained(base, freeze=BASE, adapter=adapter, num_labels=4)
     unfreeze(model, "layers[-1]")
     disturb(model)
     model.save_pretrained(tmp_path)
@@ -127,7 +134,7 @@ def test_a_saved_folder_restores_base_adapters_thawed_weights_and_state(base: st
 
 
 def test_what_was_trained_and_frozen_again_comes_back_too(base: str, tmp_path: Path) -> None:
-    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig())
+    model = AutoFreeze.from_pretrained(base, freeze=BASE, adapter=BottleneckConfig())
     unfreeze(model, "layers[0]")
     disturb(model)
     freeze(model, "layers[0]")
@@ -153,7 +160,7 @@ def test_a_folder_without_adapters_restores_what_was_frozen_when_it_was_saved(ba
 
 
 def test_the_folder_loads_without_hf_freeze_s_wrapper_as_well(base: str, tmp_path: Path) -> None:
-    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig())
+    model = AutoFreeze.from_pretrained(base, freeze=BASE, adapter=BottleneckConfig())
     disturb(model)
     model.save_pretrained(tmp_path)
 
@@ -161,7 +168,7 @@ def test_the_folder_loads_without_hf_freeze_s_wrapper_as_well(base: str, tmp_pat
 
 
 def test_saving_again_after_loading_loses_nothing(base: str, tmp_path: Path) -> None:
-    model = AutoFreeze.from_pretrained(base, freeze="base", adapter=BottleneckConfig(), num_labels=4)
+    model = AutoFreeze.from_pretrained(base, freeze=BASE, adapter=BottleneckConfig(), num_labels=4)
     unfreeze(model, "layers[-1]")
     disturb(model)
     model.save_pretrained(tmp_path / "once")
@@ -196,9 +203,9 @@ def test_all_auto_classes_of_transformers_have_one() -> None:
 
 
 def test_from_config_builds_freezes_and_adapts() -> None:
-    model = AutoFreeze.from_config(BertConfig(vocab_size=30, **SIZES), freeze="base", adapter=BottleneckConfig())
+    model = AutoFreeze.from_config(BertConfig(vocab_size=30, **SIZES), freeze=BASE, adapter=BottleneckConfig())
 
-    assert trains(model) == set(select(model, "adapters, head"))
+    assert trains(model) == set(select(model, "adapters, pooler, head"))
 
 
 def test_the_loading_info_is_given_where_it_is_asked_for(base: str) -> None:
@@ -212,7 +219,7 @@ def test_a_saved_folder_takes_no_second_recipe(base: str, tmp_path: Path) -> Non
     AutoFreeze.from_pretrained(base, adapter=BottleneckConfig()).save_pretrained(tmp_path)
 
     with pytest.raises(FreezeError, match=r"saved frozen and adapted\. Leave out freeze= and adapter="):
-        AutoFreeze.from_pretrained(str(tmp_path), freeze="base")
+        AutoFreeze.from_pretrained(str(tmp_path), freeze=BASE)
 
 
 def test_a_wrong_selector_names_the_nearest(base: str) -> None:
