@@ -1,5 +1,7 @@
 """Builds the manual: `make docs`. The pages are plain markdown; what only Sphinx needs is added here."""
 
+import inspect
+
 import hf_freeze
 
 project = "hf_freeze"
@@ -25,6 +27,18 @@ def add_contents(app, docname, source):
         source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
 
 
+def add_reference(app, docname, source):
+    """Gives the API reference a section for each module and an entry for each public name."""
+    if docname != "api":
+        return
+    for home, names in sorted(hf_freeze._HOMES.items()):
+        source[0] += f"\n{home}\n{'-' * len(home)}\n\n"
+        for name in names:
+            kind = "class" if inspect.isclass(getattr(hf_freeze, name)) else "function"
+            source[0] += f".. auto{kind}:: hf_freeze.{name}\n"
+            source[0] += "   :members:\n   :special-members: __getitem__\n\n" if kind == "class" else "\n"
+
+
 def draw_tables(app, what, name, obj, options, lines):
     """Turns the markdown tables of docstrings, which read well in a terminal, into reStructuredText."""
     drawn = []
@@ -44,3 +58,4 @@ def draw_tables(app, what, name, obj, options, lines):
 def setup(app):
     app.connect("autodoc-process-docstring", draw_tables)
     app.connect("source-read", add_contents)
+    app.connect("source-read", add_reference)
