@@ -54,6 +54,8 @@ def disturb(model: Any) -> None:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.clone()  # a file is mapped to any address, and kernels round by alignment
         return model.eval()(**INPUTS).logits
 
 
