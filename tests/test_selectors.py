@@ -288,6 +288,7 @@ def test_what_is_written_is_read_back(pairs):
         ("re:(a, b - c), d", ["re:(a, b - c)", "d"]),
         ("re:[,-]x[^)], head", ["re:[,-]x[^)]", "head"]),
         (r"re:a\,b\(, c", [r"re:a\,b\(", "c"]),
+        ("re:a), b", ["re:a)", "b"]),  # what is wrong with it is for the regular expression to say
         ("layers[::-1] - layers[0]", ["layers[::-1]", "layers[0]"]),
     ],
 )
@@ -321,6 +322,7 @@ def test_a_regular_expression_may_hold_commas_and_minuses():
         ("head - all", r"'head - all' names no parameter\. The model has: embeddings, layers\[0:4\], pooler, head"),
         ("adapters", r"'adapters' names no segment"),
         ("re:.*quarry.*", r"'re:\.\*quarry\.\*' matches no parameter of BertForSequenceClassification"),
+        ("re:query", r"'re:query' matches no parameter .* matched as a whole"),
         ("*.LayerNorm", r"matched as a whole, such as 'bert\.embeddings\.word_embeddings\.weight'"),
         ("re:(", r"'re:\(' is no regular expression: .*Mend it"),
         ("head,", r"'head,': a term is missing\. Write 'a, b' or 'a - b'"),
