@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from transformers.activations import ACT2FN
 
 from ..errors import AdapterError, nearest
@@ -62,7 +65,8 @@ class BottleneckConfig(PeftConfig):
             arXiv:2005.00247, section 3.2) and has no bottleneck of its own.
         layers: Which layers get an adapter, as a selector: ``"layers[4:]"`` drops it from the lower ones (AdapterDrop).
         modules_to_save: Modules outside the adapters that train and are saved with them, such as the classifier.
-        thawed: Written on saving: the base model's own tensors in the file, since they were trained with the adapter.
+        record: Written on saving: the base tensors in the file (``thawed``), selectors of what was ``frozen`` and what
+            of the base was ``trainable``, and the base model's ``config``.
 
     Raises:
         AdapterError: a value out of its range, with what is expected. SelectorError: a selector that can't be read.
@@ -103,14 +107,15 @@ class BottleneckConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata=_help("Modules that train and are saved besides the adapters.")
     )
-    thawed: list[str] | None = field(
-        default=None, metadata=_help("Written on saving: base tensors that were trained and are in the file.")
+    record: dict[str, Any] | None = field(
+        default=None, metadata=_help("Written on saving: the state of the base model.")
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.target_modules: Any = None  # resolved on the model; PEFT's own machinery reads it
+        self.shapes: dict[str, list[int]] | None = None  # of the tensors in the file that it was read beside
         for name, known in (("placement", get_args(Placement)), ("init", get_args(Init)), ("activation", ACT2FN)):
             value = getattr(self, name)
             if value not in known:
@@ -140,6 +145,32 @@ class BottleneckConfig(PeftConfig):
         for factor in factors.values() if isinstance(factors, dict) else [factors]:
             if not (math.isfinite(factor) and factor > 0):
                 raise AdapterError(f"reduction_factor={factor}: write a positive number, such as 16.")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Reads a config, and looks into the file of weights beside it: PEFT reads that after it has changed the model.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository on the hub, whose weights are looked into later.
+            subfolder: A folder in it.
+            kwargs: See `PeftConfig.from_pretrained`.
+
+        Raises:
+            AdapterError: the file can't be read.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.parent.is_dir() and not any(file.with_suffix(end).is_file() for end in (".safetensors", ".bin")):
+            config.shapes = {}  # no weights are no fault of a config, unless it is loaded for them
+        if file.is_file() and not kwargs.get("ignore_mismatched_sizes"):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    config.shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise AdapterError(f"{file} can't be read ({error}). Save or download the adapter again.") from error
+        return config
 
     def width(self, hidden_size: int, reduction_factor: float | None = None) -> int:
         """Returns the bottleneck's width m for a width d = `hidden_size`; at least 1, and a multiple of `phm_dim`.

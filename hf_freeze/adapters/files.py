@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, nearest
 from ..layers import adapter_containers
 from .config import BottleneckConfig
 from .layer import CHILD, BottleneckLayer
@@ -24,6 +24,7 @@ from .placement import Site
 _PEFT_PREFIX = "base_model.model."
 _OWN_PARTS = {"weight", "bias", "left", "right", CHILD, *BottleneckLayer.adapter_layer_names}
 _SAVED = ("modules_to_save", "original_module")
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds them by task_type, whether the model has them or not
 _OTHER_MODEL = "The adapter was saved from another model or config:"
 
 
@@ -58,6 +59,19 @@ def _parts(model: nn.Module) -> set[str]:
         if name not in own:
             parts |= {name} | _parts(child)
     return parts
+
+
+def check_saved_modules(model: nn.Module, config: BottleneckConfig) -> None:
+    """Refuses names under `modules_to_save` that name no module: PEFT 0.21.2 passes over them, and nothing trains.
+
+    Raises:
+        AdapterError: with the nearest names.
+    """
+    known = [name for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save or ():
+        if wanted not in _PEFT_HEADS and not any(name.endswith(wanted) for name in known):
+            likely = nearest(wanted, [name.rpartition(".")[2] for name in known])
+            raise AdapterError(f"modules_to_save names {wanted!r}, which the model has not.{likely}")
 
 
 def check_file(model: nn.Module, config: BottleneckConfig, sites: Mapping[str, Site]) -> None:

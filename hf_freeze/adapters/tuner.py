@@ -11,20 +11,24 @@ every base parameter that was ever unfrozen goes into the file too, and comes ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import AdapterError, nearest
+from ..state import frozen_parts, trainable_parts
 from ..thawed import mark_thawed, thawed_tensors
 from .config import BottleneckConfig
-from .layer import BASE, NO_MERGE, BottleneckLayer, attach, detach
+from .files import check_file, check_name, check_names, check_saved_modules
+from .layer import BASE, CHILD, NO_MERGE, BottleneckLayer, attach, detach, rows_by_name, taken_out
 from .peft_method import PREFIX, register
 from .placement import Site, find_sites, holds_convolutions
 
@@ -40,8 +44,32 @@ class BottleneckModel(BaseTuner):
     _sites: dict[str, Site]
     _first: tuple[BottleneckLayer] | None  # the first to get the adapter that is being put in; no child of this module
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter in; when that fails, the model is as it was."""
+        required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for parameter, requires_grad in required:
+                parameter.requires_grad_(requires_grad)
+            self._forget(model, adapter_name)
+            raise
+
+    def _forget(self, model: nn.Module, adapter_name: str) -> None:
+        """Takes out what there is of an adapter that could not be put in whole."""
+        self.peft_config.pop(adapter_name, None)
+        layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
+        for layer in layers:
+            if adapter_name in layer.sites:
+                layer.delete_adapter(adapter_name)
+        if not any(layer.sites for layer in layers):
+            detach(model)
+        if not self.peft_config and hasattr(model, "_hf_peft_config_loaded"):  # transformers 5.23 sets it at first
+            cast(Any, model)._hf_peft_config_loaded = False
+
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
+        check_name(self.model, next(name for name, known in self.peft_config.items() if known is config))
         missing = [name for name in getattr(config, "fusion", None) or () if name not in self.peft_config]
         if missing:
             raise AdapterError(
@@ -50,10 +78,14 @@ class BottleneckModel(BaseTuner):
             )
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: Any) -> BottleneckConfig:
-        self._sites = find_sites(self.model, peft_config)
+        with taken_out(self.model):
+            self._sites = find_sites(self.model, peft_config)
+        check_saved_modules(self.model, peft_config)
+        check_file(self.model, peft_config, self._sites)
         self._first = None
-        peft_config.target_modules = list(self._sites)
-        mark_thawed(self.model, peft_config.thawed or ())
+        # no list: PEFT 0.21.2 shortens one of 20 names or more to common endings (`_find_minimal_target_modules`)
+        peft_config.target_modules = tuple(self._sites)
+        mark_thawed(self.model, (peft_config.record or {}).get("thawed", ()))
         return peft_config
 
     @staticmethod
@@ -89,15 +121,32 @@ class BottleneckModel(BaseTuner):
             raise AdapterError("adapter_names works in eval mode alone. Call model.eval(), or use set_adapter.")
         if unknown := [row for row in rows if row != BASE and row not in self.peft_config]:
             raise AdapterError(f"adapter_names: {unknown[0]!r} is not loaded.{nearest(unknown[0], self.peft_config)}")
-        beams = kwargs.get("num_beams") or 1
         layers = [module for module in self.model.modules() if isinstance(module, BottleneckLayer)]
+        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        check = partial(_check_batch, list(rows), _copies(self.model, kwargs))
+        handles = [
+            self.model.register_forward_pre_hook(check, with_kwargs=True),
+            *(wrapper.register_forward_hook(partial(_mix_saved, list(rows))) for wrapper in wrappers),
+        ]
         try:
             for layer in layers:
-                layer.rows = [row for row in rows for _ in range(beams)]
+                layer.rows = list(rows)
             yield
         finally:
             for layer in layers:
                 layer.rows = None
+            for handle in handles:
+                handle.remove()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter.
+
+        Raises:
+            AdapterError: an AdapterFusion mixes it.
+        """
+        for layer in (module for module in self.model.modules() if isinstance(module, BottleneckLayer)):
+            layer.check_deletable(adapter_name)  # PEFT forgets the config before it asks the layers
+        super().delete_adapter(adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -111,8 +160,25 @@ class BottleneckModel(BaseTuner):
         """Returns the adapter's entries of `state_dict`, and those of all base tensors that training has changed."""
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         thawed = {name: state_dict[name] for name in thawed_tensors(model) if name in state_dict}
-        config.thawed = sorted(name.removeprefix(_PEFT_PREFIX) for name in thawed)  # the config is saved after this
+        config.record = {**_record(model, thawed), "widths": _widths(model, adapter_name)}  # the config is saved later
         return {**thawed, **own}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Returns `state_dict` with the names that the model's tensors have.
+
+        Raises:
+            AdapterError: it lacks tensors of the adapter, or holds some that the adapter has not.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = super()._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
+        check_names(
+            {name for name in own if adapter_name in name.split(".")},
+            {name for name in remapped if f".{CHILD}.{PREFIX}" in name},
+        )
+        return remapped
 
     def _check_merge_allowed(self) -> None:
         raise AdapterError(NO_MERGE)
@@ -128,6 +194,56 @@ class BottleneckModel(BaseTuner):
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def _record(model: nn.Module, thawed: Iterable[str]) -> dict[str, Any]:
+    """Returns what has to be known of the base model, besides its weights, to put it back as it was."""
+    base_config: Any = getattr(model, "config", None)
+    return {
+        "thawed": sorted(name.removeprefix(_PEFT_PREFIX) for name in thawed),
+        "frozen": [name.removeprefix(_PEFT_PREFIX) for name in frozen_parts(model)],
+        "trainable": [name.removeprefix(_PEFT_PREFIX) for name in trainable_parts(model)],
+        "config": json.loads(base_config.to_json_string()) if hasattr(base_config, "to_json_string") else None,
+    }
+
+
+def _widths(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """Returns the modules that have the adapter, each with the width of its hidden states."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
+    return {
+        name.removeprefix(_PEFT_PREFIX).removesuffix(f".{CHILD}"): layer.width
+        for name, layer in layers.items()
+        if adapter_name in layer.sites
+    }
+
+
+def _copies(model: nn.Module, options: dict[str, Any]) -> int:
+    """Returns how many times `generate` may repeat each row: by beams, or by sequences to return."""
+    settings = options.get("generation_config") or getattr(model, "generation_config", None)
+    wanted = [options.get(key) or getattr(settings, key, None) or 1 for key in ("num_beams", "num_return_sequences")]
+    return max(wanted)
+
+
+def _check_batch(rows: list[str], copies: int, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Forward pre-hook of the base model: refuses a batch that has another number of rows than there are names."""
+    batch = next((len(v) for v in (*inputs, *named.values()) if isinstance(v, torch.Tensor) and v.dim() > 1), len(rows))
+    if batch not in (len(rows), len(rows) * copies):
+        raise AdapterError(f"adapter_names has {len(rows)} names for a batch of {batch}. Give one a row.")
+
+
+def _mix_saved(
+    rows: list[str], wrapper: ModulesToSaveWrapper, inputs: tuple[Any, ...], output: torch.Tensor
+) -> torch.Tensor:
+    """Forward hook of a module under `modules_to_save`: gives each row the copy that goes with its adapter.
+
+    PEFT's own way goes by the active adapter, and takes a single linear layer at most (peft 0.21.2).
+    """
+    mixed = output.clone()
+    copies = dict(wrapper.modules_to_save.items())
+    for name, index in rows_by_name(rows, output).items():
+        part = copies.get(name, wrapper.original_module)
+        mixed[index] = part(inputs[0][index], *inputs[1:])
+    return mixed
 
 
 register(BottleneckConfig, BottleneckModel)
