@@ -58,8 +58,7 @@ class EvalGuard(nn.Module):
     def train(self, mode: bool = True) -> EvalGuard:
         """Puts the unit in eval mode, whatever `mode` is, and remembers `mode` for when the unit is released."""
         self.asked, self.training = mode, False
-        for module in _without_adapters(self.unit):
-            module.training = False
+        _still(self.unit)
         return self
 
     def release(self) -> None:
@@ -72,10 +71,19 @@ class EvalGuard(nn.Module):
         return inputs[0] if inputs else None
 
 
-def _children(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields the children of `module`, but for those in which adapters are kept."""
+def _children(module: nn.Module) -> list[nn.Module]:
+    """Returns the children of `module`, but for those in which adapters are kept."""
+    if not hasattr(type(module), "adapter_layer_names"):  # on the instance a miss is slow, and this is in every train()
+        return list(module.children())
     containers = adapter_containers(module)
-    return (child for name, child in module.named_children() if name not in containers)
+    return [child for name, child in module.named_children() if name not in containers]
+
+
+def _still(module: nn.Module) -> None:
+    """Puts `module` and all modules in it in eval mode, adapters aside."""
+    module.training = False
+    for child in _children(module):
+        _still(child)
 
 
 def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
