@@ -99,6 +99,8 @@ def freeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
     A module that is wholly frozen is kept in eval mode: its Dropout is off, its BatchNorm statistics stand. A module
     that is frozen in part (``"bias"``) keeps the model's mode, as does one that you froze by other means. So does
     Dropout that a module with something left to train applies between frozen ones, as BART does behind its embeddings.
+    transformers checkpoints activations in train mode alone, so not those of a frozen layer: that costs memory where
+    gradients pass through the layer, to adapters in it or to what trains below.
 
     Args:
         model: Any model that has a `layer_map`.
