@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from .layers import LayerMap, layer_map
+from .layers import LayerMap, Segment, layer_map
+from .selectors import select
 from .stacks import GUARD
 
 RECORD = "hf_freeze"  # the attribute of a config that holds the state of its model
@@ -26,11 +27,16 @@ def describe(layers: LayerMap, names: Collection[str]) -> list[str]:
     """
     wanted = set(names) & set(layers.owners)
     base = [segment for segment in layers if segment.kind != "adapters"]
-    named = [segment for segment in base if segment.parameter_names and segment.kind != "norm"]  # that names all norms
-    whole = [segment for segment in named if wanted.issuperset(layers.held_by(segment))]
+    filled = [segment for segment in base if wanted.issuperset(layers.held_by(segment))]
+    whole = [segment for segment in filled if _is_named(layers, segment)]
     covered = {name for segment in whole for name in layers.held_by(segment)}
     rest = [name for segment in base for name in segment.parameter_names if name in wanted - covered]
     return [segment.name for segment in whole] + rest
+
+
+def _is_named(layers: LayerMap, segment: Segment) -> bool:
+    """Tells whether a segment's name selects just what it holds: `norm` names all norms, `embeddings` all of BART's."""
+    return bool(segment.parameter_names) and set(select(layers, segment.name)) == set(layers.held_by(segment))
 
 
 def frozen_parts(model: nn.Module) -> list[str]:

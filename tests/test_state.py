@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from hf_freeze import BottleneckConfig, freeze, layer_map, select, unfreeze
 from hf_freeze.state import RECORD, describe, frozen_parts, record, trainable_parts
@@ -19,8 +26,15 @@ def bert() -> BertForSequenceClassification:
 BERT = bert()
 GPT2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=12, n_head=2, vocab_size=30))  # its head is tied
 
+BART = BartModel(  # `embeddings` names those of both stacks
+    BartConfig(
+        vocab_size=30, d_model=12, max_position_embeddings=9, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2,
+    )
+)  # fmt: skip
 
-@pytest.mark.parametrize("model", [BERT, GPT2], ids=["bert", "tied head"])
+
+@pytest.mark.parametrize("model", [BERT, GPT2, BART], ids=["bert", "tied head", "several embeddings"])
 @given(data=st.data())
 def test_the_description_of_names_selects_them(model, data) -> None:
     names = data.draw(st.sets(st.sampled_from([name for name, _ in model.named_parameters()]), min_size=1))
