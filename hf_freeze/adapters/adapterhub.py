@@ -135,7 +135,8 @@ def save_adapterhub(model: nn.Module, path: str | PathLike[str], adapter_name: s
     head = find_head(base, adapter_name, config.modules_to_save)
     state, about = base.state_dict(), _about(base)
     files: dict[str, Mapping[str, Any]] = write_head(head, base, about) if head else {}
-    files[WEIGHTS[0]] = {key: state[_parameter(own, adapter_name)] for key, own in keys.items()}
+    prefix = "" if base.base_model is base else f"{base.base_model_prefix}."
+    files[WEIGHTS[0]] = {prefix + key: state[_parameter(own, adapter_name)] for key, own in keys.items()}
     files[CONFIG] = {"name": adapter_name, "config": options, **about}
     write_files(Path(path), files, remove=[WEIGHTS[1], *HEAD_FILES])
 

@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise AdapterError(f"{path} is missing. Name a folder that the `adapters` library wrote.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is no JSON ({error}). Download or save the adapter again.") from None
     if not isinstance(content, dict):
         raise AdapterError(f"{path} holds a JSON {type(content).__name__}, not an object. Save the adapter again.")
@@ -66,9 +66,18 @@ def read_tensors(folder: Path, safe_name: str, pickle_name: str) -> dict[str, to
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({_reason(error)}) Download or save it again.") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise AdapterError(f"{path} is no mapping of names to tensors. Save the adapter again.")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
+            raise AdapterError(
+                f"{path}: {name!r} is no plain tensor of floating-point numbers. Save the adapter again."
+            )
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def write_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remove: Collection[str] = ()) -> None:

@@ -11,6 +11,7 @@ of training is left aside, since the trained weights are in the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
@@ -29,6 +30,7 @@ RESIDUALS: dict[str, tuple[bool | None, bool, bool | None]] = {
 }
 # In files of older versions, and without effect in 1.3.0
 _OLD = {"new_attention_norm", "attention_type", "invertible_adapter"}
+_WIDEST = 1000  # no bottleneck is wider than this many times its layer
 # Compacter as `BottleneckConfig` has it; `adapters` can also factorise the rule, share W, or leave out the bias
 _COMPACTER = {
     "shared_phm_rule": True, "factorized_phm_rule": False, "factorized_phm_W": True, "shared_W_phm": False,
@@ -134,7 +136,7 @@ def to_config(options: HubOptions, layers: LayerMap, width: int) -> BottleneckCo
     Raises:
         AdapterError: an option has no counterpart; the message names it.
     """
-    _refuse(options)
+    _refuse(options, width)
     return BottleneckConfig(
         reduction_factor=_reduction(options, layers, width),
         placement=_placement(options),  # type: ignore[arg-type]
@@ -154,7 +156,8 @@ def to_config(options: HubOptions, layers: LayerMap, width: int) -> BottleneckCo
     )
 
 
-def _refuse(options: HubOptions) -> None:
+def _refuse(options: HubOptions, width: int) -> None:
+    """Refuses what has no counterpart, apart from the residuals."""
     if options.inv_adapter is not None:
         raise AdapterError(
             f"inv_adapter={options.inv_adapter!r} is an invertible adapter on the embeddings, which hf_freeze has not. "
@@ -169,6 +172,13 @@ def _refuse(options: HubOptions) -> None:
         raise AdapterError(
             f"{odd[0]}={getattr(options, odd[0])}: hf_freeze has Compacter with {odd[0]}={_COMPACTER[odd[0]]} alone. "
             f"Train the adapter anew."
+        )
+    if options.phm_layer and (
+        options.phm_dim < 1 or width % options.phm_dim or not 1 <= (options.phm_rank or 1) <= width
+    ):
+        raise AdapterError(
+            f"Adapter config: phm_dim={options.phm_dim}, phm_rank={options.phm_rank} fit no layer of width {width}. "
+            f"Save the adapter again."
         )
     if options.init_weights not in INIT:
         raise AdapterError(f"init_weights={options.init_weights!r} is unknown. `adapters` 1.3.0 has {', '.join(INIT)}.")
@@ -201,9 +211,14 @@ def _placement(options: HubOptions) -> str:
 def size_of(width: int, factor: float) -> int:
     """Returns the bottleneck's width m in `adapters`, which rounds the quotient down.
 
+    Raises:
+        AdapterError: there is no such bottleneck.
+
     >>> size_of(32, 0.1)
     319
     """
+    if not 1 / _WIDEST < factor < math.inf:  # not a number either
+        raise AdapterError(f"Adapter config: reduction_factor={factor} makes no bottleneck. Save the adapter again.")
     return max(1, int(width // factor))
 
 
@@ -222,9 +237,6 @@ def factor_of(width: int, size: int, factor: Any = None) -> float:
 def _reduction(options: HubOptions, layers: LayerMap, width: int) -> float | dict[str, float]:
     """Returns the reduction factors; `adapters` counts layers through all stacks, from 0."""
     factors = options.reduction_factor
-    for factor in factors.values() if isinstance(factors, dict) else [factors]:
-        if not factor > 0:
-            raise AdapterError(f"Adapter config: reduction_factor={factor} is not above 0. Save the adapter again.")
     if not isinstance(factors, dict):
         return factor_of(width, size_of(width, factors), factors)
     by_layer = {
