@@ -116,7 +116,7 @@ def test_stacks_take_the_shortest_names_that_tell_them_apart():
 
 def test_a_shared_list_is_one_stack():
     shared = tree(layers=blocks(2))
-    assert len(find_stacks(tree(encoder=shared, twin=shared))) == 1
+    assert len(find_stacks(tree(encoder=shared, inner=tree(twin=shared)))) == 1
 
 
 @pytest.mark.parametrize(("groups", "passes"), [(1, 12), (3, 4)])
