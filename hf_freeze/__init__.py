@@ -19,11 +19,12 @@ _HOMES = {
     "adapters.fusion": ["average_adapters"],
     "callbacks": ["StagedUnfreezing"],
     "errors": ["FreezeError"],
-    "freezing": ["freeze", "freeze_until", "frozen_modules", "trainable_summary", "unfreeze"],
+    "freezing": ["freeze", "freeze_until", "frozen_modules", "unfreeze"],
     "layers": ["LayerMap", "Segment", "layer_map"],
     "optim": ["parameter_groups"],
     "schedules": ["Stage", "UnfreezeSchedule"],
     "selectors": ["select"],
+    "summary": ["trainable_summary"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .freezing import freeze as freeze
     from .freezing import freeze_until as freeze_until
     from .freezing import frozen_modules as frozen_modules
-    from .freezing import trainable_summary as trainable_summary
     from .freezing import unfreeze as unfreeze
     from .layers import LayerMap as LayerMap
     from .layers import Segment as Segment
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .schedules import Stage as Stage
     from .schedules import UnfreezeSchedule as UnfreezeSchedule
     from .selectors import select as select
+    from .summary import trainable_summary as trainable_summary
 
 
 register_with_peft()

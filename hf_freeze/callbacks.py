@@ -17,8 +17,8 @@ from transformers.trainer_utils import has_length
 
 from .engine import StageEngine
 from .errors import ScheduleError
-from .freezing import trainable_summary
 from .schedules import PlannedStage, Stage, UnfreezeSchedule
+from .summary import trainable_summary
 
 
 class StagedUnfreezing(TrainerCallback):

@@ -1,7 +1,7 @@
 """Freezing: what does not train, and how it is kept still.
 
-What lives here: `freeze`, `unfreeze`, `freeze_until`, `frozen_modules`, `trainable_summary`, and the guard that keeps
-frozen modules in eval mode. What may not: schedules, optimizers, anything that runs over time. How data passes through:
+What lives here: `freeze`, `unfreeze`, `freeze_until`, `frozen_modules`, and the guard that keeps frozen modules in eval
+mode. What may not: schedules, optimizers, anything that runs over time. How data passes through:
 
     selector -> parameter names -> requires_grad and grad -> guards in the largest modules that are wholly frozen
 
@@ -16,11 +16,9 @@ Adapters are parts of their own: a layer with a frozen base is kept still while 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -29,9 +27,6 @@ from .layers import GUARD, LayerMap, Segment, adapter_containers, layer_map
 from .selectors import Selector, select
 from .state import record
 from .thawed import mark_thawed
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -91,6 +86,20 @@ def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
     yield module
     for child in _children(module):
         yield from _without_adapters(child)
+
+
+def kept_still(model: nn.Module) -> set[nn.Module]:
+    """Returns the modules of `model` that guards keep in eval mode wholly, adapters in them aside."""
+    kept = {inner for guard in _guards(model) for inner in guard.unit.modules()}
+    return {
+        module
+        for module in model.modules()
+        if all(inner in kept or isinstance(inner, _LISTS) for inner in _without_adapters(module))
+    }
+
+
+def _guards(model: nn.Module) -> list[EvalGuard]:
+    return [module for module in model.modules() if isinstance(module, EvalGuard)]
 
 
 def freeze(model: nn.Module, selector: Selector) -> tuple[str, ...]:
@@ -245,7 +254,7 @@ def _settle(layers: LayerMap, newly_frozen: Collection[str]) -> None:
     Ours is what a guard has kept so far and what has just been frozen, not what the user has frozen by other means.
     """
     model = layers.model
-    guards = [module for module in model.modules() if isinstance(module, EvalGuard)]
+    guards = _guards(model)
     ours = {id(p) for guard in guards for inner in _without_adapters(guard.unit) for p in inner.parameters(False)}
     ours |= {id(parameter) for name, parameter in model.named_parameters() if name in set(newly_frozen)}
     for guard in guards:
@@ -304,94 +313,3 @@ def _guard(unit: nn.Module) -> None:
             _guard(child)
     elif GUARD not in unit._modules:  # not hasattr: a wrapper, as torch.compile's, shows what the wrapped module has
         unit._modules[GUARD] = EvalGuard(unit)
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One segment in a `Summary`: what it holds, how much of it trains, and whether it is kept in eval mode."""
-
-    segment: str
-    module_class: str
-    parameters: int
-    trainable: int
-    still: bool
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What trains and what does not, segment by segment. Prints as a table."""
-
-    model_class: str
-    rows: tuple[SummaryRow, ...]
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters (scalars) of the model, tied ones once."""
-        return sum(row.parameters for row in self.rows)
-
-    @property
-    def trainable(self) -> int:
-        """The number of parameters (scalars) that train."""
-        return sum(row.trainable for row in self.rows)
-
-    @property
-    def share(self) -> float:
-        """The part of the parameters that trains, from 0 to 1."""
-        return self.trainable / self.parameters
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(title=f"{self.model_class}: {self.trainable:,} of {self.parameters:,} train ({self.share:.2%})")
-        for heading in ("segment", "class", "parameters", "trainable", "mode"):
-            justify: Literal["left", "right"] = "right" if heading in ("parameters", "trainable") else "left"
-            table.add_column(heading, justify=justify, overflow="fold")
-        for row in self.rows:
-            mode = "eval, kept" if row.still else ""
-            table.add_row(row.segment, row.module_class, f"{row.parameters:,}", f"{row.trainable:,}", mode)
-        return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, color_system=None)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get().rstrip()
-
-    def _repr_html_(self) -> str:
-        from rich.console import Console
-
-        console = Console(record=True, width=100, file=io.StringIO())
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
-
-
-def trainable_summary(model: nn.Module) -> Summary:
-    """Tells segment by segment how many parameters a model has and how many train.
-
-    Args:
-        model: Any model that has a `layer_map`.
-
-    Returns:
-        A `Summary`; ``print`` it, or show it in a notebook.
-    """
-    layers = layer_map(model)
-    parameters = dict(model.named_parameters())
-    guarded = [module.unit for module in model.modules() if isinstance(module, EvalGuard)]
-    still = {module for unit in guarded for module in unit.modules()}
-    rows = []
-    for segment in layers:
-        own = [parameters[name] for name in segment.parameter_names]
-        modules = [model.get_submodule(name) for name in segment.module_names]
-        inside = [inner for module in modules for inner in _without_adapters(module)]
-        rows.append(
-            SummaryRow(
-                segment.name,
-                " + ".join(dict.fromkeys(type(module).__name__ for module in modules)),
-                sum(parameter.numel() for parameter in own),
-                sum(parameter.numel() for parameter in own if parameter.requires_grad),
-                still=bool(modules) and all(inner in still for inner in inside if not isinstance(inner, _LISTS)),
-            )
-        )
-    return Summary(type(model).__name__, tuple(rows))

@@ -22,7 +22,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 
 from .errors import ScheduleError
 from .layers import layer_map
@@ -206,6 +205,8 @@ def parameter_groups(
         >>> sorted({group["lr"] for group in parameter_groups(model, lr=1.0, layer_decay=0.5)})
         [0.125, 0.25, 0.5, 1.0]
     """
+    from transformers import Trainer  # takes seconds to import, and nothing else here needs it
+
     layers = layer_map(model)
     decays = set(Trainer.get_decay_parameter_names(None, model))  # the method makes no use of its trainer
     groups: dict[tuple[float, float], dict[str, Any]] = {}

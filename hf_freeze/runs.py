@@ -23,9 +23,10 @@ from .adapters import BottleneckConfig
 from .callbacks import StagedUnfreezing
 from .data import EMBEDDED, Split, TextCorpus, check_model, metrics, tokenize
 from .errors import AdapterError, DataError, FreezeError, ScheduleError, SelectorError
-from .freezing import freeze, trainable_summary
+from .freezing import freeze
 from .layers import layer_map
 from .schedules import UnfreezeSchedule
+from .summary import trainable_summary
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import pickle
-import re
-import time
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from hf_freeze import (
     frozen_modules,
     layer_map,
     select,
-    trainable_summary,
     unfreeze,
 )
 from hf_freeze.errors import SelectorError
@@ -380,18 +377,6 @@ def test_freezing_a_list_adds_no_item_to_it():
     assert [layer.training for layer in model.train().layers] == [False, False] and model.block[0].training
 
 
-def test_freezing_twelve_layers_takes_no_time_worth_mentioning():
-    with torch.device("meta"):
-        model = transformers.BertForSequenceClassification(transformers.BertConfig())
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        freeze(model, "embeddings, layers[:8]")
-        seconds.append(time.perf_counter() - begin)
-
-    assert min(seconds) < 0.05
-
-
 # Adapters.
 
 ADAPTERS = {
@@ -570,43 +555,3 @@ def test_frozen_modules_silences_a_module_without_parameters(bert):
     with frozen_modules(bert.dropout):
         assert not bert.train().dropout.training
     assert bert.train().dropout.training
-
-
-# trainable_summary.
-
-
-@pytest.mark.parametrize("architecture", ["bert", "albert", "t5", "clip", "resnet", "zamba2", "gpt2"])
-def test_the_numbers_of_a_summary_add_up(architecture):
-    model = tiny_model(architecture)
-    names = freeze(model, LOWER_PART)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-
-    summary = trainable_summary(model)
-
-    assert summary.parameters == sum(sizes.values())
-    assert summary.trainable == sum(size for name, size in sizes.items() if name not in names)
-    assert summary.share == summary.trainable / summary.parameters
-    assert [row.segment for row in summary.rows] == [segment.name for segment in layer_map(model)]
-    assert {row.segment for row in summary.rows if row.still} == {r.segment for r in summary.rows if not r.trainable}
-
-
-def test_a_summary_prints_as_a_table(bert):
-    freeze(bert, "base - layers[1]")
-    summary = trainable_summary(bert)
-    title, *lines = str(summary).splitlines()
-
-    assert re.search(rf"BertForSequenceClassification: {summary.trainable:,} of {summary.parameters:,} train", title)
-    cells = [re.split(r"\s*│\s*", line)[1:-1] for line in lines if line.startswith("│")]
-    size = f"{sum(p.numel() for p in bert.bert.encoder.layer[0].parameters()):,}"
-    assert [row[0] for row in cells] == ["embeddings", "layers[0]", "layers[1]", "pooler", "head"]
-    assert cells[1] == ["layers[0]", "BertLayer", size, "0", "eval, kept"]
-    assert cells[2] == ["layers[1]", "BertLayer", size, size, ""]
-
-
-def test_a_summary_shows_in_a_notebook_as_it_prints(bert):
-    summary = trainable_summary(bert)
-
-    html = summary._repr_html_()
-
-    assert html.startswith("<pre")
-    assert re.sub(r"<[^>]+>", "", html).split() == str(summary).split()

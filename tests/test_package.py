@@ -15,7 +15,6 @@ import hf_freeze
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_freeze"
 SCREEN = 50  # lines
-BAR = 0.2  # seconds, the design's for `import hf_freeze` after `import transformers`
 HEAVY = {"torch", "peft", "transformers", "accelerate", "datasets", "rich", "yaml"}
 
 
@@ -67,14 +66,6 @@ def test_importing_loads_nothing_heavy():
     loaded = in_a_fresh_process("import sys, hf_freeze; print(*{name.partition('.')[0] for name in sys.modules})")
 
     assert not HEAVY & set(loaded.split())
-
-
-def test_importing_is_fast():
-    code = (
-        "import time, transformers; begin = time.perf_counter(); import hf_freeze; print(time.perf_counter() - begin)"
-    )
-
-    assert min(float(in_a_fresh_process(code)) for _ in range(3)) < BAR
 
 
 def test_the_layer_map_and_freezing_need_no_peft():

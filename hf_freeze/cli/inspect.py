@@ -21,8 +21,8 @@ def inspect(
     from rich.console import Console
 
     from ..data import check_model
-    from ..freezing import trainable_summary
     from ..selectors import select as resolve
+    from ..summary import trainable_summary
 
     built = _build(check_model(model))
     if select is None:
