@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_freeze import BottleneckConfig, freeze, frozen_modules, select, unfreeze
-from hf_freeze.thawed import mark_thawed, thawed_tensors
+from hf_freeze.thawed import mark_thawed, note_statistics, retie, thawed_tensors, tied_names
 from tests.tiny import tiny_model
 
 
@@ -104,3 +105,24 @@ def test_other_buffers_do_not_drift(bert):
     model = tiny_model("bert", AutoModel).requires_grad_(False).train()
     assert any(True for _ in model.buffers())
     assert thawed_tensors(model) == ()
+
+
+def test_statistics_that_have_drifted_stay_thawed_when_they_are_kept_still_again(resnet):
+    note_statistics(resnet)
+    freeze(resnet, "all")
+    unfreeze(resnet, "layers[-1]")
+    resnet.train()(torch.randn(4, 3, 32, 32))
+    freeze(resnet, "all")
+    drifted = {name for name in thawed_tensors(resnet) if name in statistics(resnet)}
+    assert drifted and all(".stages.3." in name for name in drifted)
+
+
+def test_a_tensor_that_loading_has_untied_is_tied_again():
+    model = tiny_model("gpt2", AutoModelForCausalLM)
+    groups = tied_names(model, ["transformer.wte.weight", "transformer.wpe.weight"])
+    assert groups == (("transformer.wte.weight", "lm_head.weight"),)
+    handle = model.register_forward_pre_hook(partial(retie, groups))
+    model.transformer.wte.weight = torch.nn.Parameter(torch.ones_like(model.lm_head.weight))
+    model(torch.tensor([[1, 2]]))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert handle.id not in model._forward_pre_hooks

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..errors import AdapterError, nearest
 from ..state import frozen_parts, trainable_parts
-from ..thawed import mark_thawed, thawed_tensors
+from ..thawed import mark_thawed, note_statistics, retie, thawed_tensors, tied_names
 from .config import BottleneckConfig
 from .files import check_file, check_name, check_names, check_saved_modules
 from .layer import BASE, CHILD, NO_MERGE, BottleneckLayer, attach, detach, rows_by_name, taken_out
@@ -85,7 +85,11 @@ class BottleneckModel(BaseTuner):
         self._first = None
         # no list: PEFT 0.21.2 shortens one of 20 names or more to common endings (`_find_minimal_target_modules`)
         peft_config.target_modules = tuple(self._sites)
-        mark_thawed(self.model, (peft_config.record or {}).get("thawed", ()))
+        note_statistics(self.model)
+        thawed = (peft_config.record or {}).get("thawed", ())
+        mark_thawed(self.model, thawed)
+        if groups := tied_names(self.model, thawed):
+            self.model.register_forward_pre_hook(partial(retie, groups))
         return peft_config
 
     @staticmethod
