@@ -1,9 +1,9 @@
-"""What hf_freeze itself costs: importing it, drawing a layer map, freezing, and a training step with guard and callback.
+"""What hf_freeze itself costs: importing it, a layer map, freezing, and a training step with guard and callback.
 
     python benchmarks/overhead.py
 
-The step is that of a `Trainer` on the embedded BERT: with `freeze` and `StagedUnfreezing`, against the same model frozen
-by hand (``requires_grad = False`` and ``.eval()``), in turns. Prints medians with machine, versions, seed and date.
+The step is that of a `Trainer` on the embedded BERT: with `freeze` and `StagedUnfreezing`, against the same model
+frozen by hand (``requires_grad = False`` and ``.eval()``), in turns. Prints medians with machine, versions, seed, date.
 """
 
 from __future__ import annotations
