@@ -100,7 +100,8 @@ class LayerMap:
         Raises:
             SelectorError: an index that is none, or that lies outside the stack.
         """
-        if exact := tuple(segment for segment in self.segments if segment.name == term):
+        exact = tuple(segment for segment in self.segments if segment.name == term)
+        if exact and term not in KINDS:  # a kind is all of that kind: `embeddings` those of both of BART's stacks
             return exact
         match = _TERM.fullmatch(term)
         return self._find(**match.groupdict()) if match else ()

@@ -128,9 +128,8 @@ def _resolve(layers: LayerMap, term: str) -> set[str]:
 
 
 def _held(layers: LayerMap, term: str) -> set[str]:
-    """Returns what the segments called `term` hold: all of that kind, where it is a kind."""
-    found = [segment for segment in layers if segment.kind == term] or layers.find(term)
-    return {name for segment in found for name in layers.held_by(segment)}
+    """Returns what the segments called `term` hold."""
+    return {name for segment in layers.find(term) for name in layers.held_by(segment)}
 
 
 def _segments(layers: LayerMap, term: str) -> set[str]:

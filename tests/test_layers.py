@@ -295,3 +295,10 @@ def test_an_unknown_term_is_an_error_that_names_the_mend(term, message, make_ber
     with pytest.raises(SelectorError) as error:
         layer_map(make_bert())[term]
     assert str(error.value).startswith(message)
+
+
+def test_a_kind_is_all_of_its_kind_also_where_one_segment_has_just_that_name():
+    layers = mapped("bart")
+
+    assert [s.name for s in layers["embeddings"]] == [s.name for s in layers if s.kind == "embeddings"]
+    assert len(layers["embeddings"]) == 3
