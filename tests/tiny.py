@@ -6,10 +6,11 @@ tiny value, also inside sub-configs; attributes derived from those are left to t
 
 from __future__ import annotations
 
-import inspect
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from hf_freeze.inputs import example_inputs
+
 MAX_PARAMETERS = 30_000_000
-SEQUENCE = 16
 FRAMES = 64
-SAMPLES = 6000
 VOCABULARY = 100
 IMAGE = 32
 
@@ -38,24 +39,39 @@ ARCHITECTURES: tuple[str, ...] = (
     "yolos",
 )  # fmt: skip
 
+
+def all_types() -> list[str]:
+    """Every model type whose tiny form runs forward and backward: those of a list that the installed release knows.
+
+    ``python benchmarks/architectures.py --list`` writes the list anew.
+    """
+    listed = (Path(__file__).parent / "architectures.txt").read_text().split()
+    return [model_type for model_type in listed if model_type in MODEL_MAPPING_NAMES]
+
+
 # Attribute name (whole match) -> the largest value it keeps; the first match counts.
 INTEGER_LIMITS: tuple[tuple[str, int], ...] = (
-    (r"vocab_size|num_hash_buckets", VOCABULARY),
+    (r".*vocab_size(_per_layer_input)?|num_hash_buckets|entity_vocab_size", VOCABULARY),
     (r"attention_hidden_size|ffn_hidden_size|.*intermediate_size|d_ff|.*ffn_dim|d_inner|n_inner|hidden_dim", 64),
     (r".*hidden_size|.*embedding_size|d_model|n_embd|dim|emb(ed)?_dim|d_latents|word_embed_proj_dim", 32),
     (r".*codevector_dim|projection_(dim|size)|pooler_output_size|conv_channels|\w+_channels(?<!num_channels)", 32),
     (r"num_(key_value|kv)_heads|num_experts_per_tok", 2),
-    (r".*(attention|n|num|mamba)_heads?|num_query_groups|num_(local_)?experts", 4),
-    (r"(v_)?head_dim|d_kv|d_head|kv_channels|key_dim|groups_width|rotary_dim", 8),
+    (r".*(attention|n|num|mamba)_heads?|num_query_groups|num_(local_)?experts|n_routed_experts", 4),
+    (r"(v_|qk_rope_|qk_nope_)?head_dim|d_kv|d_head|kv_channels|key_dim|groups_width|rotary_dim", 8),
+    (r"(q|kv|o)_lora_rank", 16),
     (r"n_layers?|(encoder|decoder)_layers|(decoder_)?num_(hidden_|encoder_|decoder_)?layers", 2),
     (r"num_self_attends_per_block|mask_(time|feature)_length", 2),
     (r"image_size", IMAGE),
     (r"patch_size|sliding_window|attention_window|local_attention", 8),
-    (r"window_size|num_frames|num_groups", 4),
+    (r"window_size|num_frames|num_groups|frames_per_clip", 4),
     (r"max_(2d_)?position_embeddings|n_positions|max_(source|target)_positions|segment_means_seq_len", 128),
     (r"num_mel_bins|input_feat_per_channel|num_conv_pos_embeddings", 16),
     (r"max_length", FRAMES),
-    (r"num_latents|num_detection_tokens", 8),
+    (r"num_latents|num_detection_tokens|num_queries", 8),
+    (r"n_window(_infer)?", 16),
+    (r"(n|num|topk)_(expert_)?groups?(?<!num_groups)|mamba_n_groups|(mamba_)?n_groups", 1),
+    (r"num_filters|n_filters", 4),
+    (r"crop_size", IMAGE),
 )
 DEPTH_LISTS = re.compile(r"depths?|num_block_repeats|block_sizes|layers")
 HEAD_LISTS = re.compile(r"num_(attention_)?heads")
@@ -66,10 +82,21 @@ FLOAT_VALUES: tuple[tuple[str, float], ...] = (
     (r"layer_scale_init_value|layerscale_value", 1.0),
     (r"initializer_range", 0.1),
 )
+# Sizes that some configs leave open, and then take for granted.
+OPEN_SIZES = {
+    "vocab_size": VOCABULARY, "head_dim": 8, "num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4,
+}  # fmt: skip
+# Special tokens, which lie beyond a tiny vocabulary, keep apart; the first match counts.
+TOKENS = (("image", 98), ("video", 97), ("audio", 96), ("start|bos", 95), ("pad", 94), ("end|eos", 99), ("", 93))
 
 # Where the rules fall short: sizes that a model wants to fit together, or that its code takes for granted.
 STRONGER = {"initializer_range": 0.5}  # for models that draw batch norm weights from it too
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "align": {"projection_dim": 64},
+    "bamba": {"attn_layer_indices": [1]},
+    "bridgetower": {"hidden_size": 64, "text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64}},
+    "bros": {"hidden_size": 128},
     "cvt": {"depth": [1, 2, 3], "drop_path_rate": [0.0, 0.0, 0.0]},
     "efficientnet": {
         **STRONGER,
@@ -78,16 +105,45 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_dim": 320,
         "image_size": 64,
     },
+    "exaone4_5_vision": {"window_size": 32},
+    "glm4v_moe_text": {**MROPE, "head_dim": 16},
+    "glm4v_text": MROPE,
+    "glm_image_text": MROPE,
+    "glm_ocr_text": MROPE,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
+    "lilt": {"hidden_size": 96},
     "levit": {"image_size": 64, "patch_size": 16},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32},
     "mobilenet_v1": {"depth_multiplier": 0.25, "image_size": 64},
     "mobilenet_v2": {"depth_multiplier": 0.25, "image_size": 64},
     "mobilevit": {**STRONGER, "image_size": 64},
+    "qwen2_5_vl": {"text_config": MROPE, "vision_config": {"window_size": 32}},
+    "qwen2_5_vl_text": MROPE,
+    "qwen2_5_vl_vision": {"window_size": 32},
+    "qwen2_vl_text": MROPE,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4]},
+    "rwkv": {"attention_hidden_size": 32},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 4]},
     "segformer": {"image_size": 64},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "xmod": {"default_language": "en_XX"},
     "swin": {"image_size": 64, "window_size": 2},
     "swinv2": {"image_size": 64, "window_size": 2},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "glm46v": {"text_config": MROPE},
+    "glm4v": {"text_config": MROPE},
+    "glm4v_moe": {"text_config": {**MROPE, "head_dim": 16}},
+    "glm_ocr": {"text_config": MROPE},
+    "glmga": {"text_config": MROPE},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "hyperclovax_vision_v2": {"vision_config": {"window_size": 32}},
+    "qwen2_vl": {"text_config": MROPE},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "dots1": {"n_shared_experts": 1},
 }
 
 
@@ -96,6 +152,16 @@ def on_meta() -> Iterator[None]:
     """Models built inside have shapes and ties but no numbers, so that one of any size takes milliseconds."""
     with torch.device("meta"):
         yield
+
+
+def _kept_layers(config: PretrainedConfig) -> list[int]:
+    """The layers that stay, by their numbers: the first two, or one of each kind where a config lists the kinds."""
+    count = getattr(config, "num_hidden_layers", None)
+    kept = [0, 1]
+    for kinds in (value for value in vars(config).values() if isinstance(value, list | tuple)):
+        if len(kinds) == count and all(isinstance(kind, str) for kind in kinds):
+            kept += [list(kinds).index(kind) for kind in dict.fromkeys(kinds)]
+    return sorted(set(kept))
 
 
 def _small_list(name: str, value: list[Any]) -> list[Any] | None:
@@ -117,35 +183,74 @@ def _limit(name: str) -> int | None:
     return next((limit for pattern, limit in INTEGER_LIMITS if re.fullmatch(pattern, name)), None)
 
 
-def _small_value(name: str, value: Any) -> Any:
+def _small_rope(value: dict[str, Any]) -> dict[str, Any]:
+    """Rope parameters with their sections cut to half of the tiny head size."""
+    small = {name: _small_rope(part) if isinstance(part, dict) else part for name, part in value.items()}
+    if "mrope_section" in value:
+        small |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+    return small
+
+
+def _small_value(name: str, value: Any, widths: set[int]) -> Any:
     """The tiny form of one attribute, or None to leave the attribute to the config class."""
     if isinstance(value, PretrainedConfig):
-        return _small_kwargs(value)
+        return _small_kwargs(value, widths)
+    if value is None:
+        special = re.fullmatch("(image|video|audio)_token_(id|index)", name)
+        return dict(TOKENS)[special[1]] if special else OPEN_SIZES.get(name)
+    if isinstance(value, dict):
+        return _small_rope(value) if "rope" in name else None
     if isinstance(value, float) and value > 0:
         return next((new for pattern, new in FLOAT_VALUES if re.fullmatch(pattern, name)), None)
     if isinstance(value, list | tuple):
         return _small_list(name, list(value))
     if not isinstance(value, int) or isinstance(value, bool):
         return None
-    if name.endswith("token_id"):
-        return min(value, VOCABULARY - 1)
+    if re.search("token_(id|index)$", name):
+        return value if value < VOCABULARY - 10 else next(new for word, new in TOKENS if re.search(word, name))
     limit = _limit(name)
-    return None if limit is None else min(value, limit)
+    if limit is None:  # an unknown size that repeats a known width
+        return 32 if value in widths and value > 32 else None
+    return min(value, limit)
 
 
-def _small_kwargs(config: PretrainedConfig) -> dict[str, Any]:
-    """Keyword arguments that make a tiny config of *config*'s class."""
-    small = {name: _small_value(name, value) for name, value in vars(config).items() if not name.startswith("_")}
-    kwargs = {name: value for name, value in small.items() if value is not None}
+def _small_kwargs(config: PretrainedConfig, widths: set[int]) -> dict[str, Any]:
+    """Keyword arguments that make a tiny config of *config*'s class.
+
+    *widths* are the hidden sizes of the configs around it.
+    """
+    widths = widths | {size for name in ("hidden_size", "d_model") if isinstance(size := getattr(config, name, 0), int)}
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    kwargs = {name: small for name, value in values.items() if (small := _small_value(name, value, widths)) is not None}
+    count, kept = values.get("num_hidden_layers"), _kept_layers(config)
+    if isinstance(count, int) and count > len(kept):
+        kwargs["num_hidden_layers"] = len(kept)
+        for name, value in values.items():
+            if isinstance(value, list | tuple) and len(value) == count:
+                kwargs[name] = [(kwargs.get(name) or value)[index] for index in kept]
+    heads = [values.get("num_attention_heads"), values.get("num_key_value_heads")]
+    if heads[0] == heads[1] and isinstance(heads[0], int):
+        kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]
     if "vocab_size" in kwargs and getattr(config, "pad_token_id", None) is None:
         kwargs["pad_token_id"] = 0
+    if values.get("model_type") or config.model_type:
+        kwargs["model_type"] = config.model_type
     return kwargs
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """*base* with the values of *over* in it, those of nested dicts one by one."""
+    both = {name: _merged(base[name], over[name]) for name in base.keys() & over.keys() if isinstance(base[name], dict)}
+    return {**base, **over, **both}
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     """The default config of *model_type* made tiny; *overrides* are config attributes that go before it."""
-    kwargs = _small_kwargs(AutoConfig.for_model(model_type))
-    return AutoConfig.for_model(model_type, **{**kwargs, **OVERRIDES.get(model_type, {}), **overrides})
+    kwargs = _small_kwargs(AutoConfig.for_model(model_type), set())
+    del kwargs["model_type"]
+    return AutoConfig.for_model(
+        model_type, **{**_merged(kwargs, copy.deepcopy(OVERRIDES.get(model_type, {}))), **overrides}
+    )
 
 
 def tiny_model(model_type: str, auto_class: Any = transformers.AutoModel, **overrides: Any) -> PreTrainedModel:
@@ -179,101 +284,27 @@ def _settle_batch_norms(model: PreTrainedModel) -> None:
         norm.momentum = momentum
 
 
-def _size(config: PretrainedConfig, names: str, default: int) -> int:
-    """The first of the attributes *names* the config or its sub-configs have as an integer."""
-    subs = [sub for sub in vars(config).values() if isinstance(sub, PretrainedConfig)]
-    for holder in (config, *subs):
-        for name in names.split():
-            if isinstance(value := getattr(holder, name, None), int):
-                return value
-    return default
-
-
-def _token_ids(config: PretrainedConfig, batch: int) -> Tensor:
-    """Random token ids clear of the special ones, but for the end-of-sequence token last."""
-    ids = torch.randint(10, min(VOCABULARY, _size(config, "vocab_size", VOCABULARY)) - 10, (batch, SEQUENCE))
-    ids[:, -1] = _size(config, "eos_token_id", 10)
-    return ids
-
-
-def _boxes(config: PretrainedConfig, batch: int) -> Tensor:
-    """Random boxes (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1."""
-    corners = torch.randint(0, _size(config, "max_2d_position_embeddings", 128), (2, batch, SEQUENCE, 2))
-    return torch.cat([corners.amin(0), corners.amax(0)], dim=-1)
-
-
-def _pixels(config: PretrainedConfig, batch: int) -> Tensor:
-    """Random images, or clips of frames for a config that has a number of frames."""
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", 2 * IMAGE)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
-    return torch.randn(batch, *frames, _size(vision, "num_channels", 3), height, width)
-
-
-def _waves(config: PretrainedConfig, batch: int) -> Tensor:
-    """Random sound: raw samples, or a spectrogram for a config that has mel bins."""
-    if hasattr(config, "num_mel_bins"):
-        return torch.randn(batch, _size(config, "max_length", FRAMES), config.num_mel_bins)
-    return torch.randn(batch, SAMPLES)
-
-
-def _features(config: PretrainedConfig, batch: int) -> Tensor:
-    """Random log-mel features: bins first for a config that has mel bins, else time first."""
-    if hasattr(config, "num_mel_bins"):
-        return torch.randn(batch, config.num_mel_bins, 2 * _size(config, "max_source_positions", FRAMES))
-    return torch.randn(batch, FRAMES, _size(config, "input_feat_per_channel hidden_size", 16))
-
-
-def _patch_noise(config: PretrainedConfig, batch: int) -> Tensor:
-    """The noise a masked autoencoder orders its patches by, which otherwise it draws itself."""
-    return torch.rand(batch, (config.image_size // config.patch_size) ** 2)
-
-
-INPUTS: dict[str, Callable[[PretrainedConfig, int], Tensor]] = {
-    "input_ids": _token_ids,
-    "decoder_input_ids": _token_ids,
-    "bbox": _boxes,
-    "pixel_values": _pixels,
-    "pixel_values_videos": _pixels,
-    "input_values": _waves,
-    "input_features": _features,
-    "inputs": lambda config, batch: torch.randn(batch, SEQUENCE, _size(config, "d_model", 32)),
-    "past_values": lambda config, batch: torch.randn(
-        batch, _size(config, "context_length", SEQUENCE), _size(config, "num_input_channels", 1)
-    ),
-    "noise": _patch_noise,
-}
-
-
 def tiny_inputs(model: PreTrainedModel, batch_size: int = 2) -> dict[str, Tensor]:
     """Seeded inputs for ``model(**inputs)``: every known input that the forward method names."""
-    names = inspect.signature(model.forward).parameters
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inputs = {name: make(model.config, batch_size) for name, make in INPUTS.items() if name in names}
-    if len(inputs) > 1:
-        inputs.pop("inputs", None)
+        inputs = example_inputs(model, batch_size)
     if not inputs:
         raise ValueError(f"{type(model).__name__} takes no input known here (it wants {model.main_input_name})")
-    if "input_ids" in inputs and "attention_mask" in names:
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        return {name: torch.stack([tensor, tensor.flip(1)], dim=1) for name, tensor in inputs.items()}
     return inputs
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def output_tensors(output: Any) -> Iterator[Tensor]:
     """Every tensor in a model's output, the caches left out."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
         for name, value in output.items():
             if name != "past_key_values":
-                yield from _tensors(value)
+                yield from output_tensors(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from _tensors(value)
+            yield from output_tensors(value)
 
 
 def _weighted(tensor: Tensor) -> Tensor:
@@ -284,5 +315,5 @@ def _weighted(tensor: Tensor) -> Tensor:
 
 def forward_loss(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """A differentiable scalar: the mean of (weighted) squares of each floating output that requires grad, summed."""
-    tensors = [t for t in _tensors(model(**inputs)) if t.is_floating_point() and t.requires_grad]
+    tensors = [t for t in output_tensors(model(**inputs)) if t.is_floating_point() and t.requires_grad]
     return torch.stack([_weighted(tensor).square().mean() for tensor in tensors]).sum()

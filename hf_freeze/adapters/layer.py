@@ -63,6 +63,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.width = site.width
         self.convolutional = convolutional
+        self.has_matrices = any(parameter.dim() == 2 for parameter in host.parameters())
         for container in (*self.adapter_layer_names, *self.other_param_names):
             holds_tensors = container in ("bottleneck_scale", "bottleneck_rule")
             setattr(self, container, nn.ParameterDict() if holds_tensors else nn.ModuleDict())
@@ -165,11 +166,20 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def delta(self, name: str, source: torch.Tensor) -> torch.Tensor:
         """Returns what adapter `name` adds, given its input of shape (..., d) or (batch, d, ...); same shape."""
         if self._channels_second(source):
-            return self.delta(name, source.movedim(1, -1)).movedim(-1, 1)
+            return self._delta(name, source.movedim(1, -1)).movedim(-1, 1)
+        return self._delta(name, source)
+
+    def _delta(self, name: str, source: torch.Tensor) -> torch.Tensor:
+        """Returns what adapter `name` adds, given its input of shape (..., d).
+
+        The input is made contiguous: torch 2.13 multiplies one that is not by another kernel, with other last bits,
+        where the weights train, so that a trained adapter would not give the same outputs when loaded.
+        """
+        source = source.contiguous()
         if fusion := self.configs[name].fusion:
             parts = (self.bottleneck_query[name], self.bottleneck_key[name], self.bottleneck_value[name])
             source = source.to(cast(torch.Tensor, parts[0].weight).dtype)
-            return mix(source, torch.stack([self.delta(member, source) for member in fusion], dim=-2), parts)
+            return mix(source, torch.stack([self._delta(member, source) for member in fusion], dim=-2), parts)
         down, up = self.bottleneck_down[name], self.bottleneck_up[name]
         source = source.to(cast(torch.Tensor, up.bias).dtype)  # PEFT keeps adapters in fp32 on a bf16 base
         rule = self._rule(name)
@@ -201,13 +211,21 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return mixed
 
     def _channels_second(self, hidden: torch.Tensor) -> bool:
+        """Tells (batch, d, ...) from (..., d); where both fit, by what the host is made of.
+
+        A map of features that is as high as it has channels has its channels second if convolutions made it; a
+        sequence that is as long as it is wide only if nothing else did, since a Conformer has both.
+        """
         second = hidden.dim() > 2 and hidden.shape[1] == self.width
-        if not second and hidden.shape[-1] != self.width:
+        last = hidden.shape[-1] == self.width
+        if not second and not last:
             raise AdapterError(
                 f"An adapter of width {self.width} got hidden states of shape {tuple(hidden.shape)}. "
                 f"Leave this layer out with `layers=`."
             )
-        return second and (self.convolutional or hidden.shape[-1] != self.width)
+        if second and last:
+            return self.convolutional and (hidden.dim() > 3 or not self.has_matrices)
+        return second
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.sites)
@@ -335,7 +353,7 @@ def adapt_output(host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     stream = inputs[0] if inputs else None
     if isinstance(output, torch.Tensor):
         return adapter(output, stream)
-    if isinstance(output, tuple | list):
+    if type(output) in (tuple, list):  # no named tuple: Reformer's goes with layers that are run backwards as well
         return type(output)((adapter(output[0], stream), *output[1:]))
     raise AdapterError(
         f"{type(host).__name__} returns {type(output).__name__}, where an adapter needs a tensor or a tuple that "

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import AdapterError
 from ..layers import LayerMap, Segment, is_norm, layer_map
@@ -88,8 +90,13 @@ def target_layers(layers: LayerMap, selector: str) -> list[Segment]:
 
 
 def block_of(segment: Segment) -> str:
-    """Returns the module that puts out a layer's hidden states: the last of its modules that is an item of a list."""
-    blocks = [name for name in segment.module_names if name.rpartition(".")[2].isdigit()]
+    """Returns the module that puts out a layer's hidden states: the last of its modules that is an item of a list.
+
+    An activation that is an item by itself (EnCodec) is passed over: it has no parameters that tell its width.
+    """
+    held = (*segment.parameter_names, *segment.tied_names)
+    items = [name for name in segment.module_names if name.rpartition(".")[2].isdigit()]
+    blocks = [name for name in items if any(parameter.startswith(name + ".") for parameter in held)]
     return (blocks or list(segment.module_names))[-1]
 
 
@@ -140,7 +147,8 @@ def width_of(model: nn.Module, name: str) -> int:
     """Returns the width d of the hidden states that the layer called `name` puts out, read off its parameters.
 
     In order: the configured hidden size, if one of the layer's norms has it; the channels of the last convolution of a
-    layer without matrices (ResNet); the last of the outermost norms (a Swin stage); the size that most matrices share.
+    layer without matrices (ResNet) or with a convolution at its end (MobileViT); the last of the outermost norms (a
+    Swin stage); the size that most matrices share, the smallest of several (an LSTM has wider gates).
 
     Raises:
         AdapterError: the layer has no parameter that tells.
@@ -151,8 +159,11 @@ def width_of(model: nn.Module, name: str) -> int:
     if hidden and hidden in norms.values():
         return hidden
     matrices = [parameter for parameter in layer.parameters() if parameter.dim() == 2]
-    convolutions = [m for m in layer.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    if convolutions and not matrices:
+    convolutions = [m for m in layer.modules() if isinstance(m, _ConvNd)]
+    leaves = [
+        m for m in layer.modules() if next(m.parameters(), None) is not None and not any(True for _ in m.children())
+    ]
+    if convolutions and (not matrices or isinstance(leaves[-1], _ConvNd | _BatchNorm)):
         return convolutions[-1].out_channels
     if norms:
         depth = min(path.count(".") for path in norms)
@@ -160,12 +171,12 @@ def width_of(model: nn.Module, name: str) -> int:
     sizes = Counter(size for parameter in matrices for size in parameter.shape)
     if not sizes:
         raise AdapterError(f"{name} has no parameters that tell its width. Leave it out with `layers=`.")
-    return hidden if hidden and hidden in sizes else sizes.most_common(1)[0][0]
+    return hidden if hidden and hidden in sizes else max(sizes, key=lambda size: (sizes[size], -size))
 
 
 def holds_convolutions(layer: nn.Module) -> bool:
     """Tells a layer whose hidden states may be (batch, channels, height, width) from one where channels come last."""
-    return any(isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in layer.modules())
+    return any(isinstance(module, _ConvNd) for module in layer.modules())
 
 
 def _configured(model: nn.Module, name: str) -> int | None:
