@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_freeze.inputs import example_inputs
 
