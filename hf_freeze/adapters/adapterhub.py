@@ -28,7 +28,7 @@ from ..errors import AdapterError, nearest
 from ..layers import LayerMap, layer_map
 from ..thawed import thawed_tensors
 from .config import BottleneckConfig
-from .files import check_file, check_name
+from .files import check_name
 from .hub_files import read_json, read_tensors, write_files
 from .hub_heads import HEAD_FILES, Head, fill_head, find_head, read_head, write_head
 from .hub_options import from_config, read_options, to_config
@@ -100,8 +100,7 @@ def load_adapterhub(
         sites = find_sites(base, config)
     keys = _keys(base, layers, config, sites, meta.get("name"))
     found = _match(keys, _plain(tensors, base), folder)
-    config.shapes = {parameter: list(tensor.shape) for parameter, tensor in found.items()}
-    check_file(base, config, sites)
+    config.shapes = {own: list(tensor.shape) for own, tensor in found.items()}  # checked before anything is put in
     saved_head = read_head(folder, base) if head else None
     config.modules_to_save = saved_head.modules if saved_head else None
     _add(model, base, config, name, found, saved_head)

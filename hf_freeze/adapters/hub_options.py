@@ -30,7 +30,7 @@ RESIDUALS: dict[str, tuple[bool | None, bool, bool | None]] = {
 }
 # In files of older versions, and without effect in 1.3.0
 _OLD = {"new_attention_norm", "attention_type", "invertible_adapter"}
-_WIDEST = 1000  # no bottleneck is wider than this many times its layer
+_WIDEST = 2**20  # a bottleneck beyond it is a mistake in the file
 # Compacter as `BottleneckConfig` has it; `adapters` can also factorise the rule, share W, or leave out the bias
 _COMPACTER = {
     "shared_phm_rule": True, "factorized_phm_rule": False, "factorized_phm_W": True, "shared_W_phm": False,
@@ -217,7 +217,7 @@ def size_of(width: int, factor: float) -> int:
     >>> size_of(32, 0.1)
     319
     """
-    if not 1 / _WIDEST < factor < math.inf:  # not a number either
+    if not (0 < factor < math.inf and width / factor <= _WIDEST):  # not a number either
         raise AdapterError(f"Adapter config: reduction_factor={factor} makes no bottleneck. Save the adapter again.")
     return max(1, int(width // factor))
 
