@@ -132,13 +132,19 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(cast(torch.Tensor, self.bottleneck_key[name].weight), std=0.02)
             nn.init.eye_(cast(torch.Tensor, self.bottleneck_value[name].weight))
 
-    def forward(self, hidden: torch.Tensor, stream: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *stream: torch.Tensor | None) -> torch.Tensor:
         """Returns the host's output as the active adapters leave it, one by one.
 
         Args:
             hidden: The host's output, of shape (..., d) or (batch, d, ...).
-            stream: The host's input; read where the host is a closing norm.
+            stream: The host's input; read where the host is a closing norm. Left out by an `nn.Sequential` alone, which
+                calls all its children, this one too: the output then passes through, since the hook comes after.
         """
+        if not stream:
+            return hidden
+        return self._adapt_all(hidden, stream[0])
+
+    def _adapt_all(self, hidden: torch.Tensor, stream: torch.Tensor | None) -> torch.Tensor:
         entered, self._entered = self._entered, None
         if self.disable_adapters:
             return hidden

@@ -127,6 +127,16 @@ def _modules(config: BottleneckConfig, block: str, parts: SubLayers, seen: Pass)
             f"{silent[0]!r} is bypassed in the forward pass, so an adapter there would do nothing. "
             f"Use placement='layer', or leave the layer out with `layers=`."
         )
+    if config.placement != "pfeiffer" and block not in seen.left:
+        raise AdapterError(
+            f"{block!r} calls its parts in another order than it holds them, so its feed-forward can't be told. "
+            f"Use placement='layer', or leave the layer out with `layers=`."
+        )
+    if config.placement == "parallel" and seen.entered[block] != seen.left[block]:
+        raise AdapterError(
+            f"{block!r}: what goes into the feed-forward has another shape than what comes out, so no adapter fits "
+            f"beside it. Use placement='layer', or leave the layer out with `layers=`."
+        )
     return found
 
 

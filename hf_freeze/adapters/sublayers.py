@@ -64,9 +64,11 @@ def find_sublayers(model: nn.Module, block: str, width: int) -> SubLayers:
     last = parts[names[-1]]
     is_whole = len(_projections(last)) != 1 or len(names) == 1
     is_bare = is_whole and not any(map(is_norm, last.modules()))
+    # told by the name in the layer or by the class: T5's is `layer.1`, a T5LayerCrossAttention
+    cross = {n for n, m in attention.items() if _CROSS.search(f"{n.removeprefix(block)} {type(m).__name__}")}
     return SubLayers(
-        tuple(writer for name, writer in writers.items() if not _CROSS.search(name.removeprefix(block))),
-        tuple(writer for name, writer in writers.items() if _CROSS.search(name.removeprefix(block))),
+        tuple(writer for name, writer in writers.items() if name not in cross),
+        tuple(writer for name, writer in writers.items() if name in cross),
         feed_forward=names[-1] if is_bare else _writer(names[-1], last, width),
         entry=names[-1] if is_whole else names[-2],
     )
@@ -126,14 +128,18 @@ class Pass:
     """What one forward pass showed.
 
     Attributes:
-        called: The modules that were called.
+        called: The modules that were called, and put out something.
         closing_norms: By layer the norm whose output the layer puts out; none for a layer that ends in an addition.
         norms_before: By layer the norm whose output goes into the feed-forward.
+        entered: By layer the shape of what goes into the feed-forward.
+        left: By layer the shape of what the feed-forward puts out, having been entered.
     """
 
     called: set[str] = field(default_factory=set)
     closing_norms: dict[str, str] = field(default_factory=dict)
     norms_before: dict[str, str] = field(default_factory=dict)
+    entered: dict[str, torch.Size] = field(default_factory=dict)
+    left: dict[str, torch.Size] = field(default_factory=dict)
 
 
 def watch(model: nn.Module, parts: Mapping[str, SubLayers]) -> Pass:
@@ -193,7 +199,7 @@ def _watched(model: nn.Module, parts: Mapping[str, SubLayers]) -> Iterator[Pass]
             if full == sublayers.entry:
                 hook = _find_norm_before(block, seen, outputs)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            handles.append(module.register_forward_hook(_note_call(full, block, seen, outputs)))
+            handles.append(module.register_forward_hook(_note_call(full, block, sublayers.feed_forward, seen, outputs)))
     try:
         yield seen
     finally:
@@ -211,16 +217,23 @@ def _remember_norm(name: str, outputs: dict[int, tuple[str, Any]]) -> Callable[.
 def _find_norm_before(block: str, seen: Pass, outputs: dict[int, tuple[str, Any]]) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         entering = next((value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor)), None)
+        if entering is not None:
+            seen.entered[block] = entering.shape
         if id(entering) in outputs:
             seen.norms_before[block] = outputs[id(entering)][0]
 
     return hook
 
 
-def _note_call(name: str, block: str, seen: Pass, outputs: dict[int, tuple[str, Any]]) -> Callable[..., None]:
+def _note_call(
+    name: str, block: str, feed_forward: str, seen: Pass, outputs: dict[int, tuple[str, Any]]
+) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-        seen.called.add(name)
         hidden = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(hidden, torch.Tensor) or hidden.numel():  # experts of another kind of token get no row
+            seen.called.add(name)
+        if name == feed_forward and block in seen.entered and isinstance(hidden, torch.Tensor):
+            seen.left[block] = hidden.shape
         if name == block and id(hidden) in outputs:
             seen.closing_norms[block] = outputs[id(hidden)][0]
 
