@@ -17,7 +17,10 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 default_role = "code"
 
-PAGES = ("quickstart", "selectors", "freezing", "adapters", "staged-unfreezing", "command-line", "demo", "api")
+PAGES = (
+    "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "command-line",
+    "architectures", "demo", "api",
+)  # fmt: skip
 
 
 def add_contents(app, docname, source):

@@ -304,9 +304,6 @@ def _add(
     with torch.no_grad():
         for own, tensor in found.items():
             base.get_parameter(_parameter(own, name)).copy_(tensor)
-    for module in base.modules():
-        if isinstance(module, BottleneckLayer) and name in module.sites:
-            module.train(module.get_base_layer().training)  # a new module is in train mode, its dropout on
     if head:
         fill_head(base, head, name)
 

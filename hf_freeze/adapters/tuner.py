@@ -113,6 +113,7 @@ class BottleneckModel(BaseTuner):
             raise AdapterError(f"fusion: adapter {missing[0]!r} has no part at {current_key!r}. Mix adapters alike.")
         self._first = self._first or (layer,)
         layer.add(adapter_name, peft_config, site, self._first[0])
+        layer.train(self.model.training)  # not the host's mode: that may be kept in eval by `freeze`
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
