@@ -22,8 +22,9 @@ _HOMES = {
     "freezing": ["freeze", "freeze_until", "frozen_modules", "unfreeze"],
     "layers": ["LayerMap", "Segment", "layer_map"],
     "optim": ["parameter_groups"],
-    "schedules": ["Stage", "UnfreezeSchedule"],
+    "schedules": ["UnfreezeSchedule"],
     "selectors": ["select"],
+    "stages": ["Stage"],
     "summary": ["trainable_summary"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
     from .layers import Segment as Segment
     from .layers import layer_map as layer_map
     from .optim import parameter_groups as parameter_groups
-    from .schedules import Stage as Stage
     from .schedules import UnfreezeSchedule as UnfreezeSchedule
     from .selectors import select as select
+    from .stages import Stage as Stage
     from .summary import trainable_summary as trainable_summary
 
 

@@ -17,8 +17,10 @@ from transformers.trainer_utils import has_length
 
 from .engine import StageEngine
 from .errors import ScheduleError
-from .schedules import PlannedStage, Stage, UnfreezeSchedule
+from .schedules import UnfreezeSchedule
+from .stages import Stage
 from .summary import trainable_summary
+from .timetable import PlannedStage
 
 
 class StagedUnfreezing(TrainerCallback):

@@ -21,7 +21,8 @@ from .errors import ScheduleError
 from .freezing import freeze, unfreeze
 from .layers import layer_map
 from .optim import Factor, Regrouping, regroup, require_lambdas, unwrap
-from .schedules import PlannedStage, Stage, plan, trainable_sets
+from .stages import Stage
+from .timetable import PlannedStage, plan, trainable_sets
 
 Timeline = tuple[tuple[int, float, int], ...]  # (step, factor on the rate, warm-up steps) of one parameter
 
@@ -70,7 +71,7 @@ class StageEngine:
 
         Raises:
             ScheduleError: a scheduled parameter is not in the optimizer or has no rate there, the scheduler is no
-                `LambdaLR`, or the stages do not fit the run (see `schedules.plan`).
+                `LambdaLR`, or the stages do not fit the run (see `timetable.plan`).
         """
         optimizer, scheduler = unwrap(optimizer), unwrap(scheduler)
         require_lambdas(scheduler)

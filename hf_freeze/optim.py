@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedulers, regrouped in place.
 
 What lives here: splitting an optimizer's groups so that each part of a model has its own rate, undoing that, and groups
-for loops of one's own. What may not: deciding which rate or when (`schedules.py`, `engine.py`). How data passes
+for loops of one's own. What may not: deciding which rate or when (`timetable.py`, `engine.py`). How data passes
 through:
 
     optimizer's groups -> contiguous runs of parameters with one timeline -> groups and lambdas in place
@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .errors import ScheduleError
 from .layers import layer_map
-from .schedules import depth_from_top
+from .timetable import depth_from_top
 
 Factor = Callable[[int], float]
 Group = dict[str, Any]

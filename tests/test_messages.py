@@ -27,7 +27,7 @@ from hf_freeze import (
 from hf_freeze.data import Split, check_model, check_output_dir, load_corpus, tokenize
 from hf_freeze.engine import StageEngine
 from hf_freeze.runs import FineTuning
-from hf_freeze.schedules import plan
+from hf_freeze.timetable import plan
 from tests.tiny import tiny_model
 
 TWO_LINES = 240  # characters

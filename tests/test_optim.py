@@ -16,7 +16,7 @@ from transformers import Trainer, get_scheduler
 from hf_freeze import freeze, layer_map, parameter_groups
 from hf_freeze.errors import ScheduleError
 from hf_freeze.optim import regroup, unwrap
-from hf_freeze.schedules import depth_from_top
+from hf_freeze.timetable import depth_from_top
 
 BASE, STEPS = 0.1, 8
 

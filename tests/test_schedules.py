@@ -14,7 +14,7 @@ from training import LAYERS, tiny_bert
 
 from hf_freeze import Stage, UnfreezeSchedule, freeze, layer_map, select
 from hf_freeze.errors import FreezeError, ScheduleError, SelectorError
-from hf_freeze.schedules import depth_from_top, plan, trainable_sets
+from hf_freeze.timetable import depth_from_top, plan, trainable_sets
 
 MODEL = tiny_bert()
 MAP = layer_map(MODEL)

@@ -1,0 +1,105 @@
+"""One stage of a schedule, as data.
+
+What lives here: `Stage` and what it may say. What may not: models, runs, anything that knows other stages.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ScheduleError
+from .selectors import parse
+
+_START = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>epochs?|steps?|%)")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: from `start` on, `unfreeze` trains as well, and `freeze` no longer.
+
+    Args:
+        start: When it begins: epochs (``2``, ``0.5``, ``"2 epochs"``), ``"100 steps"`` or ``"30%"`` of the run.
+        unfreeze: Selector of what begins to train.
+        freeze: Selector of what stops.
+        lr: The learning rate of all that `unfreeze` names, at the peak of the Trainer's schedule; None for the
+            Trainer's own.
+        layer_decay: Factor on the rate for each layer further from the top (LLRD; ULMFiT divides by 2.6: ``1 / 2.6``).
+        warmup: Steps over which what has not trained just before warms up, on top of the Trainer's schedule.
+
+    Raises:
+        ScheduleError: a start that can't be read, neither `unfreeze` nor `freeze`, a rate or a decay that is not a
+            positive number, a warm-up that is no number of steps.
+        SelectorError: a selector that can't be read.
+    """
+
+    start: float | str = 0
+    unfreeze: str | None = None
+    freeze: str | None = None
+    lr: float | None = None
+    layer_decay: float = 1.0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        read_start(self.start)
+        if self.unfreeze is None and self.freeze is None:
+            raise ScheduleError(
+                f"The stage at {self.start!r} neither unfreezes nor freezes. Name one, or leave it out."
+            )
+        for selector in filter(None, (self.unfreeze, self.freeze)):
+            parse(selector)
+        if self.lr is not None and not is_positive(self.lr):
+            raise ScheduleError(
+                f"lr={self.lr!r} in the stage at {self.start!r}: write a positive rate, or freeze instead."
+            )
+        if not is_positive(self.layer_decay):
+            raise ScheduleError(f"layer_decay={self.layer_decay!r} in the stage at {self.start!r}: write e.g. 0.9.")
+        if not is_count(self.warmup, least=0):
+            raise ScheduleError(f"warmup={self.warmup!r} in the stage at {self.start!r}: write a number of steps.")
+
+    def first_step(self, total_steps: int, steps_per_epoch: float | None) -> int:
+        """Returns the optimizer step, from 0, before which this stage begins in a run of `total_steps`.
+
+        Raises:
+            ScheduleError: the stage counts epochs, and the steps of an epoch are not known.
+
+        >>> Stage("30%", "head").first_step(total_steps=200, steps_per_epoch=None)
+        60
+        """
+        number, unit = read_start(self.start)
+        if number == 0:
+            return 0
+        if unit == "%":
+            return round(number / 100 * total_steps)
+        if unit == "step":
+            return int(number)
+        if steps_per_epoch is None:
+            raise ScheduleError(
+                f"The stage at {self.start!r} counts epochs, and the length of the data is unknown. "
+                f"Write '100 steps' or '30%'."
+            )
+        return round(number * steps_per_epoch)
+
+
+def read_start(start: float | str) -> tuple[float, str]:
+    """Returns ``(number, unit)``, the unit being ``epoch``, ``step`` or ``%``."""
+    match = _START.fullmatch(start.strip()) if isinstance(start, str) else None
+    if match:
+        number, unit = float(match["number"]), match["unit"].rstrip("s")
+    elif (start == 0 and not isinstance(start, bool)) or is_positive(start):
+        number, unit = float(start), "epoch"
+    else:
+        raise ScheduleError(f"start={start!r}: write epochs (2 or 0.5), '100 steps' or '30%'.")
+    if (unit == "step" and not number.is_integer()) or (unit == "%" and number > 100):
+        raise ScheduleError(f"start={start!r}: write whole steps, and at most 100%.")
+    return number, unit
+
+
+def is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
