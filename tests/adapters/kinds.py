@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -87,6 +88,22 @@ def own_tensors(model: nn.Module, name: str = "default") -> dict[str, nn.Paramet
 def logits(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Tensor:
     """What the model puts out, in the mode that it is in."""
     return model(**inputs, **more).logits
+
+
+def two(kind, **options) -> PeftModel:
+    """A PeftModel with the adapters "x" and "y", trained apart; "x" is active."""
+    model = get_peft_model(kind.model(), config(**options), adapter_name="x")
+    model.add_adapter("y", config(**options))
+    stir(model, "x", seed=1)
+    stir(model, "y", seed=2)
+    return model.eval()
+
+
+def alone(kind, seed, **options) -> torch.Tensor:
+    """What a model with nothing but that one adapter puts out."""
+    model = get_peft_model(kind.model(), config(**options))
+    stir(model, seed=seed)
+    return logits(model.eval(), kind.inputs())
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -163,11 +163,12 @@ def test_layers_can_be_left_out():
     assert ".layer.1." in name
 
 
-def test_cross_attention_gets_an_adapter_when_asked_for():
-    without = layers_of(adapted(BART, placement="houlsby"))
-    added = layers_of(adapted(BART, placement="houlsby", cross_attention=True)).keys() - without.keys()
-    assert len(added) == BART.model().config.decoder_layers
-    assert all(".decoder." in name and ".encoder_attn." in name for name in added)
+@pytest.mark.parametrize(("kind", "attention"), [(BART, ".encoder_attn."), (SEQ2SEQ, ".EncDecAttention.")])
+def test_cross_attention_gets_an_adapter_when_asked_for(kind, attention):
+    without = layers_of(adapted(kind, placement="houlsby"))
+    added = layers_of(adapted(kind, placement="houlsby", cross_attention=True)).keys() - without.keys()
+    assert len(added) == 2  # one a layer of the decoder
+    assert all("decoder." in name and attention in name for name in added)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from hf_freeze import BottleneckConfig
 from hf_freeze.adapters import BottleneckLayer
@@ -32,12 +32,14 @@ from tests.adapters.kinds import (
     SEQ2SEQ,
     TEXT,
     VISION,
+    alone,
     config,
     each_kind,
     each_placement,
     logits,
     own_tensors,
     stir,
+    two,
 )
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,22 +50,6 @@ def one(kind, **options) -> PeftModel:
     model = get_peft_model(kind.model(), config(**options))
     stir(model)
     return model.eval()
-
-
-def two(kind, **options) -> PeftModel:
-    """A PeftModel with the adapters "x" and "y", trained apart; "x" is active."""
-    model = get_peft_model(kind.model(), config(**options), adapter_name="x")
-    model.add_adapter("y", config(**options))
-    stir(model, "x", seed=1)
-    stir(model, "y", seed=2)
-    return model.eval()
-
-
-def alone(kind, seed, **options) -> torch.Tensor:
-    """What a model with nothing but that one adapter puts out."""
-    model = get_peft_model(kind.model(), config(**options))
-    stir(model, seed=seed)
-    return logits(model.eval(), kind.inputs())
 
 
 def trainable(model) -> set[str]:
@@ -405,77 +391,6 @@ def test_transformers_saves_and_loads(kind, tmp_path):
     native.load_adapter(tmp_path, "other_name")
     assert torch.equal(logits(native.eval(), inputs), expected)
     assert torch.equal(logits(PeftModel.from_pretrained(kind.model(), tmp_path), inputs), expected)
-
-
-# Mixed batches
-
-
-def mixed_and_alone(model, inputs, run):
-    """A batch of one row three times, each with another adapter, beside each adapter run on the whole batch."""
-    names = ["y", "__base__", "x"]
-    batch = {name: tensor[:1].repeat(3, *[1] * (tensor.dim() - 1)) for name, tensor in inputs.items()}
-    mixed = run(batch, adapter_names=names)
-    rows = []
-    for number, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                rows.append(run(batch)[number])
-        else:
-            model.set_adapter(name)
-            rows.append(run(batch)[number])
-    return mixed, torch.stack(rows)
-
-
-@each_kind
-@each_placement
-def test_each_row_of_a_mixed_batch_is_as_by_its_adapter_alone(kind, placement):
-    model = two(kind, placement=placement, modules_to_save=[kind.head])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save.y" in name:
-                parameter.mul_(-2)
-    mixed, rows = mixed_and_alone(model, kind.inputs(), lambda batch, **more: logits(model, batch, **more))
-    assert torch.allclose(mixed, rows, atol=1e-6)  # matrix products of other batch sizes may differ in the last bit
-    assert not torch.allclose(rows[0], rows[2], atol=1e-2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 3, "num_return_sequences": 1, "use_cache": False},
-        {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=4, min_new_tokens=4)},
-    ],
-    ids=["greedy", "beams", "no cache", "config"],
-)
-@pytest.mark.parametrize("kind", [CAUSAL, SEQ2SEQ], ids=["causal", "seq2seq"])
-def test_each_row_is_generated_as_by_its_adapter_alone(kind, options):
-    model = get_peft_model(kind.model(**({"decoder_start_token_id": 0} if kind is SEQ2SEQ else {})), config(), "x")
-    model.add_adapter("y", config())
-    for name, seed in (("x", 1), ("y", 2)):
-        stir(model, name, seed)
-    more = {} if "generation_config" in options else {"max_new_tokens": 4, "min_new_tokens": 4}
-
-    def run(batch, **names):
-        return model.eval().generate(**batch, **names, **options, **more)
-
-    mixed, rows = mixed_and_alone(model, {"input_ids": kind.inputs()["input_ids"]}, run)
-    assert torch.equal(mixed, rows)
-    assert not torch.equal(rows[0], rows[2])
-
-
-def test_a_mixed_batch_needs_eval_mode_known_names_and_one_a_row():
-    model, inputs = two(TEXT), TEXT.inputs()
-    with pytest.raises(AdapterError, match=r"'xx' is not loaded\. Did you mean 'x'\?"):
-        model(**inputs, adapter_names=["xx", "y"])
-    with pytest.raises(AdapterError, match="1 names for a batch of 2"):
-        model(**inputs, adapter_names=["x"])
-    with pytest.raises(AdapterError, match="3 names for a batch of 2"):
-        model(**inputs, adapter_names=["x", "y", "x"])
-    with pytest.raises(AdapterError, match=r"eval mode alone\. Call model\.eval\(\)"):
-        model.train()(**inputs, adapter_names=["x", "y"])
-    assert torch.equal(logits(model.eval(), inputs), alone(TEXT, 1))
 
 
 # Compacter
