@@ -170,19 +170,23 @@ def watch(model: nn.Module, parts: Mapping[str, SubLayers]) -> Pass:
 
 @contextmanager
 def _as_base(model: nn.Module) -> Iterator[None]:
-    """Puts `model` in eval mode and switches adapters off, since a layer with one puts out another tensor."""
-    before = {module: (module.training, getattr(module, "_disable_adapters", None)) for module in model.modules()}
-    for module, (_, disabled) in before.items():
+    """Puts `model` in eval mode and switches adapters off, since a layer with one puts out another tensor.
+
+    All attributes and children come back as they were: on a short input BigBird changes its attention for good.
+    """
+    before = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    for module, attributes, _ in before:
         module.training = False
-        if disabled is not None:
+        if "_disable_adapters" in attributes:
             module._disable_adapters = True  # type: ignore[assignment]
     try:
         yield
     finally:
-        for module, (mode, disabled) in before.items():
-            module.training = mode
-            if disabled is not None:
-                module._disable_adapters = disabled
+        for module, attributes, children in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
 
 
 @contextmanager
