@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LIMIT = 400  # training texts
 MAX_LENGTH = 64  # tokens of a text: a news story tells its subject in the first lines
 HEAD, ADAPTERS, STAGED, FULL = "head only", "adapters", "staged unfreezing", "full fine-tuning"
-SETTINGS = {HEAD: (2e-3, 4.0), ADAPTERS: (1e-3, 6.0), STAGED: (4e-4, 3.0), FULL: (2e-4, 2.0)}  # peak rate, epochs
+SETTINGS = {HEAD: (2e-3, 4.0), ADAPTERS: (5e-4, 6.0), STAGED: (4e-4, 3.0), FULL: (2e-4, 2.0)}  # peak rate, epochs
 
 
 def method(name: str, seed: int = 0, lr: float | None = None, epochs: float | None = None) -> FineTuning:
