@@ -234,9 +234,7 @@ def _small_kwargs(config: PretrainedConfig, widths: set[int]) -> dict[str, Any]:
         kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]
     if "vocab_size" in kwargs and getattr(config, "pad_token_id", None) is None:
         kwargs["pad_token_id"] = 0
-    if values.get("model_type") or config.model_type:
-        kwargs["model_type"] = config.model_type
-    return kwargs
+    return {**kwargs, "model_type": config.model_type}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +258,7 @@ def tiny_model(model_type: str, auto_class: Any = transformers.AutoModel, **over
     classes = auto_class._model_mapping[type(config)]
     if isinstance(classes, tuple):  # the auto class then picks by name
         config.architectures = [classes[0].__name__]
-    with torch.device("meta"):
+    with on_meta():
         size = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"{model_type} is not tiny: {size} parameters")
