@@ -24,7 +24,7 @@ _HOMES = {
     "optim": ["parameter_groups"],
     "schedules": ["UnfreezeSchedule"],
     "selectors": ["select"],
-    "stages": ["Stage"],
+    "stages": ["Sample", "Stage"],
     "summary": ["trainable_summary"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .optim import parameter_groups as parameter_groups
     from .schedules import UnfreezeSchedule as UnfreezeSchedule
     from .selectors import select as select
+    from .stages import Sample as Sample
     from .stages import Stage as Stage
     from .summary import trainable_summary as trainable_summary
 

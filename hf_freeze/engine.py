@@ -34,6 +34,10 @@ class StageEngine:
         model: The model.
         stages: The stages, for this model.
 
+    Raises:
+        ScheduleError: a stage in which nothing trains, or a rate of what it does not unfreeze.
+        SelectorError: a selector that matches nothing.
+
     Attributes:
         planned: The stages on the run that it is attached to.
         current: The index in `planned` of the stage that is on; None before the first.
@@ -45,17 +49,13 @@ class StageEngine:
         self.planned: tuple[PlannedStage, ...] = ()
         self.current: int | None = None
         self._regrouping: Regrouping | None = None
+        # all that may ever train: more than what is planned where a stage draws its layers
+        self._union = frozenset[str]().union(*trainable_sets(layer_map(model), self.stages))
 
     def prepare(self) -> None:
-        """Freezes what no stage trains and unfreezes the union of what they do, for the optimizer to be built over.
-
-        Raises:
-            ScheduleError: a stage in which nothing trains.
-            SelectorError: a selector that matches nothing.
-        """
-        union = frozenset[str]().union(*trainable_sets(layer_map(self.model), self.stages))
-        unfreeze(self.model, union)
-        if rest := {name for name, _ in self.model.named_parameters()} - union:
+        """Freezes what no stage trains and unfreezes the union of what they do, for the optimizer to be built over."""
+        unfreeze(self.model, self._union)
+        if rest := {name for name, _ in self.model.named_parameters()} - self._union:
             freeze(self.model, rest)
 
     def attach(
@@ -97,8 +97,7 @@ class StageEngine:
             return None
         self.current = index
         stage = self.planned[index]
-        union = frozenset[str]().union(*(planned.trainable for planned in self.planned))
-        if waiting := union - stage.trainable:
+        if waiting := self._union - stage.trainable:
             freeze(self.model, waiting)
         unfreeze(self.model, stage.trainable)
         return stage
@@ -111,14 +110,13 @@ class StageEngine:
             for parameter in group["params"]
         }
         rates = {name: held[id(p)] for name, p in self.model.named_parameters() if id(p) in held}
-        scheduled = frozenset[str]().union(*trainable_sets(layer_map(self.model), self.stages))
-        if missing := sorted(scheduled - rates.keys()):
+        if missing := sorted(self._union - rates.keys()):
             raise ScheduleError(
                 f"{missing[0]!r} and {len(missing) - 1} more are scheduled but not in the optimizer, so they would not "
                 f"train. Pass the callback to the Trainer's `callbacks=`, before the optimizer is built; and do not "
                 f"freeze them in `model_init`."
             )
-        if idle := sorted(name for name in scheduled if not rates[name] > 0):
+        if idle := sorted(name for name in self._union if not rates[name] > 0):
             raise ScheduleError(f"The optimizer's own rate of {idle[0]!r} is {rates[idle[0]]}. Give a positive one.")
         return rates
 

@@ -20,9 +20,10 @@ from torch import nn
 
 from .errors import ScheduleError, nearest
 from .layers import layer_map
-from .presets import Gradual
-from .stages import Stage, read_start
+from .presets import PRESETS, BottomUp, ChainThaw, Gradual, Lisa, LpFt, Preset
+from .stages import Rate, Sample, Stage, read_start
 
+_NAMES = ", ".join(PRESETS)
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d+")
 
 
@@ -44,12 +45,14 @@ class UnfreezeSchedule:
     """
 
     stages: Sequence[Stage] = ()
-    preset: Gradual | None = None
+    preset: Preset | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         if bool(self.stages) == (self.preset is not None):
             raise ScheduleError("A schedule has stages or a preset. Write UnfreezeSchedule([Stage(0, 'head'), ...]).")
+        if self.preset is not None and not isinstance(self.preset, Preset):
+            raise ScheduleError(f"{self.preset!r} is no preset. Write UnfreezeSchedule.gradual(); there are: {_NAMES}.")
         if strange := [stage for stage in self.stages if not isinstance(stage, Stage)]:
             raise ScheduleError(f"{strange[0]!r} is no stage. Write Stage(0, 'head').")
         if self.stages:
@@ -76,8 +79,57 @@ class UnfreezeSchedule:
         layer_decay: float = 1.0,
         warmup: int = 0,
     ) -> UnfreezeSchedule:
-        """Unfreezes from the top down, `layers_per_stage` every `epochs_per_stage` (ULMFiT). See `Gradual`."""
+        """Unfreezes from the top down, `layers_per_stage` every `epochs_per_stage` (ULMFiT). See `presets.Gradual`."""
         return cls(preset=Gradual(epochs_per_stage, layers_per_stage, lr, layer_decay, warmup))
+
+    @classmethod
+    def bottom_up(
+        cls,
+        epochs_per_stage: float = 1,
+        layers_per_stage: int = 1,
+        lr: float | None = None,
+        layer_decay: float = 1.0,
+        warmup: int = 0,
+    ) -> UnfreezeSchedule:
+        """Unfreezes the head, then from the bottom up, for inputs of another kind. See `presets.BottomUp`."""
+        return cls(preset=BottomUp(epochs_per_stage, layers_per_stage, lr, layer_decay, warmup))
+
+    @classmethod
+    def chain_thaw(
+        cls,
+        epochs_per_stage: float = 1,
+        layers_per_stage: int = 1,
+        lr: float | None = None,
+        layer_decay: float = 1.0,
+        warmup: int = 0,
+    ) -> UnfreezeSchedule:
+        """Trains the head, then each layer alone from the bottom up, then all (DeepMoji). See `presets.ChainThaw`."""
+        return cls(preset=ChainThaw(epochs_per_stage, layers_per_stage, lr, layer_decay, warmup))
+
+    @classmethod
+    def lp_ft(
+        cls,
+        probe: float | str = "50%",
+        probe_lr: float | None = None,
+        lr: Rate = None,
+        layer_decay: float = 1.0,
+        warmup: int = 0,
+    ) -> UnfreezeSchedule:
+        """Trains the head alone for as long as `probe`, then all (Kumar et al. 2022). See `presets.LpFt`."""
+        return cls(preset=LpFt(probe, probe_lr, lr, layer_decay, warmup))
+
+    @classmethod
+    def lisa(
+        cls,
+        layers: int = 2,
+        steps: int = 20,
+        seed: int = 0,
+        lr: Rate = None,
+        layer_decay: float = 1.0,
+        warmup: int = 0,
+    ) -> UnfreezeSchedule:
+        """Trains `layers` random layers at a time, others every `steps` (Pan et al. 2024). See `presets.Lisa`."""
+        return cls(preset=Lisa(layers, steps, seed, lr, layer_decay, warmup))
 
     def stages_for(self, model: nn.Module) -> tuple[Stage, ...]:
         """Returns the stages for a model, as they are or as the preset makes them."""
@@ -86,7 +138,7 @@ class UnfreezeSchedule:
     def to_yaml(self) -> str:
         """Returns the schedule as YAML, which `from_yaml` reads back."""
         if self.preset:
-            return yaml.safe_dump({"preset": {"name": "gradual", **asdict(self.preset)}}, sort_keys=False)
+            return yaml.safe_dump({"preset": {"name": self.preset.name, **asdict(self.preset)}}, sort_keys=False)
         defaults = {field.name: field.default for field in fields(Stage)}
         written = [
             {key: value for key, value in asdict(stage).items() if key == "start" or value != defaults[key]}
@@ -109,10 +161,10 @@ class UnfreezeSchedule:
         match content:
             case {"stages": [_, *_] as stages, **rest} if not rest:
                 return cls([_construct(Stage, stage) for stage in stages])
-            case {"preset": {"name": "gradual", **options}, **rest} if not rest:
-                return cls(preset=_construct(Gradual, options))
-            case {"preset": {"name": name}, **rest} if not rest and name != "gradual":
-                raise ScheduleError(f"Unknown preset {name!r}: there is 'gradual'.")
+            case {"preset": {"name": name, **options}, **rest} if not rest:
+                if str(name) not in PRESETS:
+                    raise ScheduleError(f"Unknown preset {name!r}.{nearest(str(name), PRESETS)} There are: {_NAMES}.")
+                return cls(preset=_construct(PRESETS[name], options))
         raise ScheduleError(
             "A schedule in YAML has one key: 'stages' with a list ([{start: 0, unfreeze: head}]), or 'preset' "
             "({name: gradual})."
@@ -120,17 +172,28 @@ class UnfreezeSchedule:
 
 
 def _construct(cls: Any, content: Any) -> Any:
-    """Makes a `Stage` or a `Gradual` of what YAML holds."""
+    """Makes a `Stage`, a `Sample` or a preset of what YAML holds."""
     if not isinstance(content, dict):
-        raise ScheduleError(f"{content!r} is no stage: write its fields, e.g. {{start: 0, unfreeze: head}}.")
+        raise ScheduleError(f"{content!r} is no {_EXAMPLES.get(cls, 'preset')}.")
     known = [field.name for field in fields(cls)]
     if unknown := [key for key in content if key not in known]:
         raise ScheduleError(
             f"Unknown field {unknown[0]!r}.{nearest(str(unknown[0]), known)} There are: {', '.join(known)}."
         )
-    return cls(**{key: _number(value) for key, value in content.items()})
+    values = {key: _number(value) for key, value in content.items()}
+    if values.get("sample") is not None:
+        values["sample"] = _construct(Sample, values["sample"])
+    return cls(**values)
+
+
+_EXAMPLES = {
+    Stage: "stage: write its fields, e.g. {start: 0, unfreeze: head}",
+    Sample: "sample: write its fields, e.g. {layers: 2, steps: 20}",
+}
 
 
 def _number(value: Any) -> Any:
     """Returns the number that a text such as ``2e-5`` means: YAML 1.1 reads a number there only with a point."""
+    if isinstance(value, dict):
+        return {key: _number(own) for key, own in value.items()}
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

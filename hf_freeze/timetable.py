@@ -3,13 +3,13 @@
 What lives here: `plan` and what it gives, `PlannedStage`. What may not: optimizers, a Trainer, anything that runs. How
 data passes through:
 
-    stages for this model -> steps of this run -> what trains -> rates -> tuple of PlannedStage -> the engine
+    stages for this model -> steps of this run -> samples drawn -> what trains -> rates -> tuple of PlannedStage
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import nn
@@ -18,6 +18,7 @@ from .errors import ScheduleError
 from .layers import LayerMap, layer_map
 from .selectors import select
 from .stages import Stage
+from .terms import less, term
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,46 @@ def plan(
         steps_per_epoch: Optimizer steps of an epoch, if known.
 
     Raises:
-        ScheduleError: stages out of order, a stage that starts after the run ends, a stage in which nothing trains.
+        ScheduleError: stages out of order, a stage that starts after the run ends, a stage in which nothing trains, a
+            rate for what it does not unfreeze, a sample of more layers than there are.
         SelectorError: a selector that matches nothing.
     """
     layers = layer_map(model)
     steps = _first_steps(stages, total_steps, steps_per_epoch)
-    trainable = trainable_sets(layers, stages)
+    trainable_sets(layers, stages)  # refuses what a draw would hide
+    drawn = [
+        (step, own)
+        for stage, first, end in zip(stages, steps, [*steps[1:], total_steps], strict=True)
+        for step, own in (_draws(layers, stage, first, end) if stage.sample else [(first, stage)])
+    ]
+    trainable = _running_sets(layers, [stage for _, stage in drawn])
     return tuple(
         PlannedStage(step, stage, now, now - before, _rates(layers, stage, now, rates))
-        for step, stage, now, before in zip(steps, stages, trainable, [frozenset(), *trainable], strict=False)
+        for (step, stage), now, before in zip(drawn, trainable, [frozenset(), *trainable], strict=False)
     )
 
 
 def trainable_sets(layers: LayerMap, stages: Sequence[Stage]) -> list[frozenset[str]]:
-    """Returns what trains in each stage: all that has been unfrozen so far, less what has been frozen again.
+    """Returns what may train in each stage: all that has been unfrozen so far, less what has been frozen again.
+
+    A stage with a sample counts with all that it may draw.
 
     Raises:
-        ScheduleError: a stage in which nothing trains.
+        ScheduleError: a stage in which nothing trains, or that gives a rate to what it does not unfreeze.
         SelectorError: a selector that matches nothing.
     """
+    for stage in stages:
+        named = set(select(layers, stage.unfreeze)) if stage.unfreeze is not None else set()
+        for selector in stage.lr if isinstance(stage.lr, Mapping) else ():
+            if named.isdisjoint(select(layers, selector)):
+                raise ScheduleError(
+                    f"lr: {selector!r} is nothing of what the stage at {stage.start!r} unfreezes, {stage.unfreeze!r}. "
+                    f"Unfreeze it there, or leave out its rate."
+                )
+    return _running_sets(layers, stages)
+
+
+def _running_sets(layers: LayerMap, stages: Sequence[Stage]) -> list[frozenset[str]]:
     found: list[frozenset[str]] = []
     for stage in stages:
         now = found[-1] if found else frozenset()
@@ -88,6 +110,34 @@ def trainable_sets(layers: LayerMap, stages: Sequence[Stage]) -> list[frozenset[
             )
         found.append(now)
     return found
+
+
+def _draws(layers: LayerMap, stage: Stage, first: int, end: int) -> Iterator[tuple[int, Stage]]:
+    """Yields the stages, each with its step, that a stage with a sample comes to from step `first` to `end`.
+
+    The first names all that trains; those after it what changes, so that what trains on is not warmed up again.
+    """
+    assert stage.sample is not None and stage.unfreeze is not None  # a stage sees to it
+    named = set(select(layers, stage.unfreeze)).difference(select(layers, stage.freeze) if stage.freeze else ())
+    terms = {segment.name: own for segment in layers if (own := term(layers, segment, named))}
+    pool = [segment.name for segment in layers.layers if segment.name in terms]
+    if stage.sample.layers > len(pool):
+        raise ScheduleError(
+            f"The stage at {stage.start!r} samples {stage.sample.layers} layers, and {stage.unfreeze!r} names "
+            f"{len(pool)} of {type(layers.model).__name__}. Sample fewer."
+        )
+    trained = frozenset(pool if first else ())  # an earlier stage may have trained all of them
+    for period, step in enumerate(range(first, end, stage.sample.steps)):
+        drawn = stage.sample.draw(period, pool)
+        kept = [own for name, own in terms.items() if name in drawn or name not in pool]
+        comes = [terms[name] for name in pool if name in drawn - trained] if period else kept
+        goes = [terms[name] for name in pool if name in trained - drawn]
+        if comes:
+            freeze = less(layers, goes, kept)
+            if not period:
+                freeze = ", ".join(filter(None, (freeze, stage.freeze))) or None
+            yield step, replace(stage, start=f"{step} steps", unfreeze=", ".join(comes), freeze=freeze, sample=None)
+        trained = drawn
 
 
 def _first_steps(stages: Sequence[Stage], total_steps: int, steps_per_epoch: float | None) -> list[int]:
@@ -109,8 +159,11 @@ def _first_steps(stages: Sequence[Stage], total_steps: int, steps_per_epoch: flo
 
 def _rates(layers: LayerMap, stage: Stage, now: frozenset[str], own: Mapping[str, float]) -> dict[str, float]:
     """Returns what a stage's `unfreeze` names of what trains `now`, each with its learning rate."""
-    named = select(layers, stage.unfreeze) if stage.unfreeze is not None else ()
-    peaks = {name: own[name] if stage.lr is None else stage.lr for name in named if name in now}
+    named = now.intersection(select(layers, stage.unfreeze)) if stage.unfreeze is not None else frozenset()
+    peaks = {name: stage.lr if isinstance(stage.lr, int | float) else own[name] for name in named}
+    if isinstance(stage.lr, Mapping):
+        for selector, rate in stage.lr.items():
+            peaks.update(dict.fromkeys(named.intersection(select(layers, selector)), rate))
     return {name: peak * stage.layer_decay ** depth_from_top(layers, name) for name, peak in peaks.items()}
 
 

@@ -27,6 +27,7 @@ from hf_freeze import (
 from hf_freeze.data import Split, check_model, check_output_dir, load_corpus, tokenize
 from hf_freeze.engine import StageEngine
 from hf_freeze.runs import FineTuning
+from hf_freeze.stages import Sample
 from hf_freeze.timetable import plan
 from tests.tiny import tiny_model
 
@@ -88,6 +89,21 @@ SCHEDULING = [
     (lambda m: Stage(0, "head", lr=0.0), "lr=0.0 in the stage at 0", "positive rate"),
     (lambda m: Stage(0, "head", layer_decay=-1), "layer_decay=-1", "e.g. 0.9"),
     (lambda m: Stage(0, "head", warmup=-5), "warmup=-5", "a number of steps"),
+    (lambda m: Stage(0, "head", lr={"head": 0}), "lr={'head': 0} in the stage at 0", "positive rate"),
+    (lambda m: Stage(0, "all", sample=2), "sample=2 in the stage at 0", "Write unfreeze='all', sample=Sample("),
+    (lambda m: Sample(layers=0), "layers=0 in a sample", "a whole number from 1"),
+    (lambda m: planned(m, Stage(0, "all", sample=Sample(9))), "samples 9 layers", "'all' names 2", "Sample fewer"),
+    (
+        lambda m: planned(m, Stage(0, "head", lr={"layers": 0.1})),
+        "'layers' is nothing of what the stage at 0 unfreezes, 'head'",
+        "Unfreeze it there, or leave out its rate",
+    ),
+    (lambda m: UnfreezeSchedule(preset="lisa"), "'lisa' is no preset", "UnfreezeSchedule.gradual()", "chain_thaw"),
+    (
+        lambda m: UnfreezeSchedule.lp_ft().stages_for(m.bert),
+        "no head of BertModel trains",
+        "Take a class with a head, or unfreeze it",
+    ),
     (lambda m: UnfreezeSchedule(), "has stages or a preset", "Write UnfreezeSchedule([Stage(0, 'head')"),
     (lambda m: UnfreezeSchedule(["head"]), "'head' is no stage", "Write Stage(0, 'head')"),
     (lambda m: UnfreezeSchedule([Stage(1, "head")]), "Nothing trains at step 0", "Start with Stage(0, 'head')"),
@@ -309,7 +325,9 @@ def provoked():
     return {(frame.filename, frame.lineno) for frame in frames}
 
 
-@pytest.mark.parametrize("room", ["layers", "selectors", "freezing", "schedules", "optim", "engine"])
+@pytest.mark.parametrize(
+    "room", ["layers", "selectors", "freezing", "stages", "timetable", "presets", "schedules", "optim", "engine"]
+)
 def test_every_error_of_the_core_has_a_row(room):
     assert raised_in(room) and raised_in(room) <= provoked()
 
