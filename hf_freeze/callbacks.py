@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from .distributed import require_supported, trainer_launch
 from .engine import StageEngine
-from .errors import ScheduleError
 from .schedules import UnfreezeSchedule
 from .stages import Stage
 from .summary import trainable_summary
@@ -38,9 +38,9 @@ class StagedUnfreezing(TrainerCallback):
         schedule: The schedule, or its stages.
 
     Raises:
-        ScheduleError: when the Trainer is made: several processes, a stage in which nothing trains; when training
-            begins: a scheduler without lambdas, a scheduled parameter that the optimizer does not hold, or stages that
-            do not fit the run.
+        ScheduleError: when the Trainer is made: several processes or devices otherwise than by DDP with
+            ``find_unused_parameters``, a stage in which nothing trains; when training begins: a scheduler without
+            lambdas, a scheduled parameter that the optimizer does not hold, or stages that do not fit the run.
 
     Example:
         >>> from hf_freeze import Stage
@@ -53,20 +53,30 @@ class StagedUnfreezing(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Unfreezes the union of all stages, so that the Trainer builds its optimizer over it."""
-        _refuse_several_devices(args)
-        if kwargs.get("model") is not None:
-            self._prepare(kwargs["model"])
+        if kwargs.get("model") is None:
+            return
+        engine = self._engine_for(kwargs["model"])
+        stages = engine.trainable()
+        union = frozenset[str]().union(*stages)
+        require_supported(trainer_launch(args, engine.model), union, stages)
+        engine.prepare()
+        self.engine = engine
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Regroups the optimizer in place and enters the stage of the step at which training begins."""
-        _refuse_several_devices(args)
         model = kwargs["model"]
-        if self.engine is None or self.engine.model is not model:  # added to the Trainer late; or `model_init`
-            self._prepare(model)
-        assert self.engine is not None
-        self.engine.attach(
+        engine = self.engine
+        if engine is None or engine.model is not model:  # added to the Trainer late; or `model_init`
+            engine = self._engine_for(model)
+        # nothing has been frozen or unfrozen since the model was wrapped
+        held = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        require_supported(trainer_launch(args, model), held, engine.trainable())
+        if engine is not self.engine:
+            engine.prepare()
+            self.engine = engine
+        engine.attach(
             kwargs["optimizer"],
             kwargs["lr_scheduler"],
             state.max_steps,
@@ -95,9 +105,8 @@ class StagedUnfreezing(TrainerCallback):
         kwargs["logs"].update(own)
         state.log_history[-1].update(own)  # the Trainer has copied the logs into it already
 
-    def _prepare(self, model: nn.Module) -> None:
-        self.engine = StageEngine(model, self.schedule.stages_for(model))
-        self.engine.prepare()
+    def _engine_for(self, model: nn.Module) -> StageEngine:
+        return StageEngine(model, self.schedule.stages_for(model))
 
     def _enter(self, state: TrainerState, model: nn.Module) -> None:
         assert self.engine is not None  # on_train_begin has made it
@@ -117,14 +126,6 @@ def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> s
         f"step {stage.step}: stage {index + 1} of {count}: {textwrap.shorten(changes, 100)}: "
         f"{summary.trainable:,} parameters train ({summary.share:.1%})" + (f", lr {span}" if span else "")
     )
-
-
-def _refuse_several_devices(args: TrainingArguments) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ScheduleError(
-            f"StagedUnfreezing runs in one process on one device so far, not in {args.world_size} with "
-            f"{args.n_gpu} GPUs. Start one process, with CUDA_VISIBLE_DEVICES=0."
-        )
 
 
 def _trainable(model: nn.Module) -> int:

@@ -52,6 +52,15 @@ class StageEngine:
         # all that may ever train: more than what is planned where a stage draws its layers
         self._union = frozenset[str]().union(*trainable_sets(layer_map(model), self.stages))
 
+    def trainable(self) -> list[frozenset[str]]:
+        """Returns what trains in each stage, by names in ``model.named_parameters()``.
+
+        Raises:
+            ScheduleError: a stage in which nothing trains.
+            SelectorError: a selector that matches nothing.
+        """
+        return trainable_sets(layer_map(self.model), self.stages)
+
     def prepare(self) -> None:
         """Freezes what no stage trains and unfreezes the union of what they do, for the optimizer to be built over."""
         unfreeze(self.model, self._union)

@@ -359,13 +359,22 @@ def test_each_stage_is_announced_in_one_line(tmp_path, capsys):
 # Refusals
 
 
-@pytest.mark.parametrize("option", ["world_size", "n_gpu"])
-def test_several_processes_or_devices_are_refused_before_anything_is_changed(tmp_path, monkeypatch, option):
-    # the properties are read from the launched processes; two of them would only tell the same number
-    monkeypatch.setattr(TrainingArguments, option, property(lambda self: 2))
-    model = tiny_bert()
-    with pytest.raises(ScheduleError, match=r"one process on one device so far.*CUDA_VISIBLE_DEVICES=0"):
-        make_trainer(tmp_path, staged(), model=model)
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("n_gpu", 2, r"under DataParallel, on 2 GPUs.*torchrun --nproc-per-node 2"),
+        ("deepspeed", "zero.json", r"DeepSpeed fixes what trains when it starts, and stages change it. Use DDP"),
+        ("fsdp", True, r"not carried out under FSDP so far. Use DDP"),
+    ],
+)
+def test_what_stages_can_not_be_carried_out_in_is_refused_before_anything_is_changed(
+    tmp_path, monkeypatch, option, value, message
+):
+    model, trainer = tiny_bert(), make_trainer(tmp_path)
+    # set behind the Trainer's back: it would look for two GPUs, for DeepSpeed or for several processes
+    monkeypatch.setattr(TrainingArguments, option, property(lambda self: value), raising=False)
+    with pytest.raises(ScheduleError, match=message):
+        staged().on_init_end(trainer.args, trainer.state, trainer.control, model=model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -1,0 +1,159 @@
+"""Staged unfreezing on several real processes: ranks against each other, against one process, and after a crash."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from filelock import FileLock
+from training import differing
+
+from hf_freeze.distributed import Launch, require_supported
+from hf_freeze.errors import ScheduleError
+
+
+def launch(processes: int, folder: Path, *names: str) -> subprocess.CompletedProcess:
+    """Runs scenarios on so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, ranks.__file__, str(folder), *names],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def seen(folder: Path, name: str, processes: int = 2) -> list[dict]:
+    """What each rank saw in a scenario."""
+    return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory) -> Path:
+    """The folder of one launch on two processes with all scenarios: starting Python is what takes time."""
+    folder = tmp_path_factory.getbasetemp().parent / f"two-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    with FileLock(f"{folder}.lock"):  # the workers of pytest-xdist share it
+        if not folder.exists():
+            folder.mkdir()
+            done = launch(2, folder, *ranks.EQUAL, *ranks.REFUSED, "uncrashed", "naive")
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
+def farthest(one: list[dict], other: list[dict]) -> float:
+    """The largest difference between the weights of two runs, at any step."""
+    return max(
+        (before[name] - after[name]).abs().max().item()
+        for before, after in zip(one, other, strict=True)
+        for name in before
+    )
+
+
+# Ranks, and one process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ranks.EQUAL, "uncrashed"])
+def test_after_each_step_the_ranks_are_bit_identical(two, name):
+    first, second = seen(two, name)
+    assert len(first["weights"]) == 7
+    assert [differing(*pair) for pair in zip(first["weights"], second["weights"], strict=True)] == [[]] * 7
+    assert differing(first["optimizer"], second["optimizer"]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ranks.EQUAL)
+def test_at_each_step_they_are_one_process_with_the_same_global_batch(two, tmp_path, name):
+    alone, first = ranks.run(tmp_path, name), seen(two, name)[0]
+    assert farthest(first["weights"], alone["weights"]) < 1e-6
+    assert farthest(first["weights"][:1], alone["weights"][-1:]) > 1e-3
+    assert first["moved"] == alone["moved"]
+
+
+@pytest.mark.slow
+def test_a_freeze_that_is_flipped_by_hand_lets_the_ranks_drift(two):
+    """What all this is for; and a sign that the tests above would see it."""
+    first, second = seen(two, "naive")
+    drifted = [bool(differing(*pair)) for pair in zip(first["weights"], second["weights"], strict=True)]
+    assert drifted == [False] * 3 + [True] * 4
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_process_too(tmp_path):
+    done = launch(4, tmp_path, "plain")
+    assert done.returncode == 0, done.stderr
+    runs, alone = seen(tmp_path, "plain", 4), ranks.run(tmp_path / "alone", "plain")
+    assert [differing(runs[0]["weights"][-1], other["weights"][-1]) for other in runs] == [[]] * 4
+    assert farthest(runs[0]["weights"], alone["weights"]) < 1e-6
+
+
+# A crash
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_they_are_the_uncrashed_run(two, tmp_path):
+    killed = launch(2, tmp_path, "killed")
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [f"checkpoint-{step}" for step in (1, 2, 3)]
+    done = launch(2, tmp_path, "resumed")
+    assert done.returncode == 0, done.stderr
+    for resumed, uncrashed in zip(seen(tmp_path, "resumed"), seen(two, "uncrashed"), strict=True):
+        assert len(resumed["weights"]) == 4
+        for after, before in zip(resumed["weights"], uncrashed["weights"][3:], strict=True):
+            assert differing(after, before) == []
+        assert differing(resumed["optimizer"], uncrashed["optimizer"]) == []
+        assert resumed["losses"] == uncrashed["losses"]
+
+
+# Refusals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("used only", "Set ddp_find_unused_parameters=True"),
+        ("checkpointed used only", "activation_checkpointing_kwargs={'use_reentrant': False}"),
+        ("static", "Set ddp_static_graph=False"),
+        ("late", "Make a new Trainer, with the callback in `callbacks=`"),
+    ],
+)
+def test_what_would_go_wrong_is_refused_on_each_rank(two, name, mend):
+    assert all(mend in rank["error"] for rank in seen(two, name))
+
+
+ALL, HEAD = frozenset({"layer", "head"}), frozenset({"head"})
+DDP = Launch("MULTI_CPU")
+
+
+@pytest.mark.parametrize(
+    ("launch", "held", "message"),
+    [
+        (Launch(devices=2), ALL, r"DataParallel, on 2 GPUs.*torchrun --nproc-per-node 2; or set CUDA_VISIBLE_DEVICES"),
+        (Launch("DEEPSPEED"), ALL, r"DeepSpeed fixes what trains when it starts.*Use DDP; or train each stage in a Tr"),
+        (Launch("FSDP"), ALL, r"not carried out under FSDP so far. Use DDP; or train each stage.*freeze\(model, ...\)"),
+        (replace(DDP, static_graph=True), ALL, r"static_graph=True forbids it. Set ddp_static_graph=False"),
+        (replace(DDP, find_unused=False), ALL, r"find_unused_parameters. Set ddp_find_unused_parameters=True"),
+        (DDP, HEAD, r"'layer' and 0 more are scheduled but were frozen when DDP wrapped the model.*Make a new Trainer"),
+    ],
+)
+def test_what_stages_can_not_be_carried_out_in_is_refused_with_the_mend(launch, held, message):
+    with pytest.raises(ScheduleError, match=message):
+        require_supported(launch, held, [HEAD, ALL])
+
+
+@pytest.mark.parametrize("launch", [Launch(), replace(Launch(), find_unused=False), DDP, Launch("MULTI_GPU")])
+def test_one_process_and_ddp_are_not(launch):
+    require_supported(launch, ALL, [HEAD, ALL])
+
+
+@pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused": False}])
+def test_where_each_stage_trains_all_that_ddp_holds_nothing_is_asked_of_ddp(options):
+    require_supported(replace(DDP, **options), ALL, [ALL, ALL])
