@@ -211,6 +211,28 @@ def test_lp_ft_needs_a_head():
         UnfreezeSchedule.lp_ft().stages_for(base)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: UnfreezeSchedule.gradual(epochs_per_stage=0), r"epochs_per_stage=0: write a positive number"),
+        (lambda: UnfreezeSchedule.gradual(layers_per_stage=0), r"layers_per_stage=0: a stage unfreezes at least 1"),
+        (lambda: UnfreezeSchedule.chain_thaw(layers_per_stage=1.5), r"layers_per_stage=1.5: a stage"),
+        (lambda: UnfreezeSchedule.lp_ft(probe="soon"), r"start='soon': write epochs"),
+        (lambda: UnfreezeSchedule.lp_ft(probe_lr=0), r"lr=0 in the stage at 0"),
+        (lambda: UnfreezeSchedule.lp_ft(lr=0), r"lr=0 in the stage at '50%'"),
+        (lambda: UnfreezeSchedule.lisa(layers=0), r"layers=0 in a sample"),
+        (lambda: UnfreezeSchedule.lisa(steps=-1), r"steps=-1 in a sample"),
+        (lambda: UnfreezeSchedule.lisa(warmup=-1), r"warmup=-1 in the stage"),
+        (lambda: UnfreezeSchedule.gradual(lr=-1), r"lr=-1 in the stage"),
+        (lambda: UnfreezeSchedule.gradual(warmup=-1), r"warmup=-1 in the stage"),
+    ],
+)
+def test_what_can_not_be_said_is_refused_at_once(make, message):
+    with pytest.raises(ScheduleError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
 # In a run
 
 
