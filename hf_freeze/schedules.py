@@ -21,7 +21,9 @@ from torch import nn
 from .errors import ScheduleError, nearest
 from .layers import layer_map
 from .presets import PRESETS, BottomUp, ChainThaw, Gradual, Lisa, LpFt, Preset
+from .preview import Preview, preview
 from .stages import Rate, Sample, Stage, read_start
+from .timetable import plan, trainable_sets
 
 _NAMES = ", ".join(PRESETS)
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d+")
@@ -135,16 +137,58 @@ class UnfreezeSchedule:
         """Returns the stages for a model, as they are or as the preset makes them."""
         return self.preset.stages(layer_map(model)) if self.preset else tuple(self.stages)
 
-    def to_yaml(self) -> str:
-        """Returns the schedule as YAML, which `from_yaml` reads back."""
-        if self.preset:
+    def preview(
+        self, model: nn.Module, total_steps: int, steps_per_epoch: float | None = None, lr: float = 5e-5
+    ) -> Preview:
+        """Tells stage by stage what a run would train, at what rate. The model is only read.
+
+        Args:
+            model: The model.
+            total_steps: Optimizer steps of the run.
+            steps_per_epoch: Optimizer steps of an epoch, where stages count epochs.
+            lr: The Trainer's learning rate, of what no stage gives a rate of its own.
+
+        Returns:
+            A `Preview`; ``print`` it, or show it in a notebook.
+
+        Raises:
+            ScheduleError: the stages do not fit the run or the model, see `timetable.plan`.
+            SelectorError: a selector that matches nothing.
+        """
+        rates = dict.fromkeys((name for name, _ in model.named_parameters()), lr)
+        planned = plan(model, self.stages_for(model), rates, total_steps, steps_per_epoch)
+        return preview(model, planned, total_steps)
+
+    def to_yaml(self, model: nn.Module | None = None) -> str:
+        """Returns the schedule as YAML, which `from_yaml` reads back.
+
+        Args:
+            model: A model for which to write a preset's stages out, so that they can be edited. Without one, a preset
+                is written by its name.
+
+        Raises:
+            ScheduleError: the schedule does not fit the model.
+            SelectorError: a selector that matches nothing in the model.
+        """
+        if self.preset and model is None:
             return yaml.safe_dump({"preset": {"name": self.preset.name, **asdict(self.preset)}}, sort_keys=False)
+        stages = self.stages if model is None else self.stages_for(model)
         defaults = {field.name: field.default for field in fields(Stage)}
         written = [
             {key: value for key, value in asdict(stage).items() if key == "start" or value != defaults[key]}
-            for stage in self.stages
+            for stage in stages
         ]
-        return yaml.safe_dump({"stages": written}, sort_keys=False)
+        text = yaml.safe_dump({"stages": written}, sort_keys=False)
+        return text if model is None else self._heading(model, stages) + text
+
+    def _heading(self, model: nn.Module, stages: Sequence[Stage]) -> str:
+        """Returns what one has to know to edit the stages, as comments of YAML."""
+        layers = layer_map(model)
+        trainable_sets(layers, stages)  # refuses what does not fit the model
+        return (
+            f"# {self.preset.name if self.preset else 'stages'} for {type(model).__name__}: {layers.outline}\n"
+            f"# A stage may say: {', '.join(field.name for field in fields(Stage))}.\n"
+        )
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> UnfreezeSchedule:

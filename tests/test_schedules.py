@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from scheduling import presets, stages
+from training import tiny_bert
 
 from hf_freeze import Sample, Stage, UnfreezeSchedule
 from hf_freeze.errors import FreezeError, ScheduleError
 from hf_freeze.presets import PRESETS
+
+MODEL = tiny_bert()
 
 # YAML
 
@@ -34,6 +37,38 @@ def test_rates_by_selector_and_samples_are_read_from_yaml():
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_is_read_by_its_name(name):
     assert UnfreezeSchedule.from_yaml(f"preset: {{name: {name}}}") == getattr(UnfreezeSchedule, name)()
+
+
+@given(presets)
+def test_yaml_for_a_model_holds_the_stages_that_a_preset_makes(schedule):
+    text = schedule.to_yaml(MODEL)
+    assert UnfreezeSchedule.from_yaml(text) == UnfreezeSchedule(schedule.stages_for(MODEL))
+
+
+def test_yaml_for_a_model_tells_what_can_be_edited():
+    text = UnfreezeSchedule.gradual(layers_per_stage=2, warmup=5).to_yaml(MODEL)
+    assert text.splitlines() == [
+        "# gradual for BertForSequenceClassification: embeddings, layers[0:3], pooler, head",
+        "# A stage may say: start, unfreeze, freeze, lr, layer_decay, warmup, sample.",
+        "stages:",
+        "- start: 0",
+        "  unfreeze: pooler, head",
+        "- start: 1",
+        "  unfreeze: layers[2], layers[1]",
+        "  warmup: 5",
+        "- start: 2",
+        "  unfreeze: layers[0], embeddings",
+        "  warmup: 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [(Stage(0, "layers[9]"), r"layers\[9\]"), (Stage(0, "head", lr={"layers": 1}), r"'layers' is nothing of what")],
+)
+def test_yaml_for_a_model_that_the_stages_do_not_fit_is_refused(stage, message):
+    with pytest.raises(FreezeError, match=message):
+        UnfreezeSchedule([stage]).to_yaml(MODEL)
 
 
 @pytest.mark.parametrize(
