@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from .distributed import require_supported, trainer_launch
+from .distributed import require_supported, requiring_grad, trainer_launch
 from .engine import StageEngine
 from .schedules import UnfreezeSchedule
 from .stages import Stage
@@ -56,9 +56,7 @@ class StagedUnfreezing(TrainerCallback):
         if kwargs.get("model") is None:
             return
         engine = self._engine_for(kwargs["model"])
-        stages = engine.trainable()
-        union = frozenset[str]().union(*stages)
-        require_supported(trainer_launch(args, engine.model), union, stages)
+        require_supported(trainer_launch(args, engine.model), engine.union, engine.union, engine.changes)
         engine.prepare()
         self.engine = engine
 
@@ -71,8 +69,7 @@ class StagedUnfreezing(TrainerCallback):
         if engine is None or engine.model is not model:  # added to the Trainer late; or `model_init`
             engine = self._engine_for(model)
         # nothing has been frozen or unfrozen since the model was wrapped
-        held = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        require_supported(trainer_launch(args, model), held, engine.trainable())
+        require_supported(trainer_launch(args, model), requiring_grad(model), engine.union, engine.changes)
         if engine is not self.engine:
             engine.prepare()
             self.engine = engine

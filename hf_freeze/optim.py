@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,6 +30,8 @@ from .timetable import depth_from_top
 
 Factor = Callable[[int], float]
 Group = dict[str, Any]
+
+_HIDDEN = ("state_dict", "load_state_dict")  # methods of a scheduler, for the time that its optimizer is split
 
 
 def regroup(
@@ -88,6 +91,7 @@ class Regrouping:
             optimizer.register_load_state_dict_pre_hook(self._split_state),
         ]
         scheduler.state_dict = self._scheduler_state  # type: ignore[method-assign]
+        scheduler.load_state_dict = self._load_scheduler_state  # type: ignore[method-assign]
 
     def undo(self, scheduler: LambdaLR | None = None) -> None:
         """Gives the optimizer its own groups back.
@@ -98,7 +102,8 @@ class Regrouping:
         """
         for hook in self._hooks:
             hook.remove()
-        self.scheduler.__dict__.pop("state_dict", None)
+        for method in _HIDDEN:
+            self.scheduler.__dict__.pop(method, None)
         lambdas, bases = self._lambdas, self._bases
         if scheduler is not None and scheduler is not self.scheduler:
             require_lambdas(scheduler)
@@ -138,10 +143,20 @@ class Regrouping:
     def _scheduler_state(self) -> dict[str, Any]:
         """The scheduler's ``state_dict()``, as it would be unsplit."""
         whole = copy.copy(self.scheduler)
-        del whole.__dict__["state_dict"]
+        for method in _HIDDEN:
+            del whole.__dict__[method]
         whole.lr_lambdas, whole.base_lrs = self._lambdas, self._bases
         whole._last_lr = _rates_now(self.scheduler, self._lambdas, self._bases)
         return whole.state_dict()
+
+    def _load_scheduler_state(self, state_dict: dict[str, Any]) -> None:
+        """The scheduler's ``load_state_dict()``: what it loads is unsplit, and it goes on split."""
+        scheduler, split = self.scheduler, self.scheduler.lr_lambdas
+        scheduler.lr_lambdas = self._lambdas
+        type(scheduler).load_state_dict(scheduler, state_dict)
+        self._bases = list(scheduler.base_lrs)
+        bases = [base for base, size in zip(self._bases, self.sizes, strict=True) for _ in range(size)]
+        _install(self.optimizer, scheduler, list(self.optimizer.param_groups), split, bases)
 
 
 def require_lambdas(scheduler: Any) -> None:
@@ -183,6 +198,13 @@ def unwrap(wrapped: Any) -> Any:
     if isinstance(wrapped, AcceleratedOptimizer):
         return wrapped.optimizer
     return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
+
+
+def steps_at_once(scheduler: Any) -> int:
+    """Returns how many steps a scheduler takes at each optimizer step: wrapped by Accelerate, one for each process."""
+    if isinstance(scheduler, AcceleratedScheduler) and scheduler.step_with_optimizer and not scheduler.split_batches:
+        return int(AcceleratorState().num_processes)
+    return 1
 
 
 def parameter_groups(

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from peft import get_peft_model
 from torch import nn
-from training import Watch, losses, make_trainer, optimizer_state, rows, tiny_bert
+from torch.utils.data import DataLoader
+from training import Watch, losses, make_trainer, optimizer_state, rows, tiny_bert, weights
 from transformers import TrainerCallback, get_scheduler
 
-from hf_freeze import BottleneckConfig, Stage, StagedUnfreezing
+from hf_freeze import BottleneckConfig, Sample, Stage, StagedUnfreezing, UnfreezeSchedule
+from hf_freeze.engine import attach_schedule
 from hf_freeze.errors import ScheduleError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -31,6 +34,7 @@ STAGES = [
     Stage("5 steps", "embeddings, head", layer_decay=0.9),
 ]
 ADAPTERS = [Stage(0, "head, adapters"), *STAGES[1:]]
+SAMPLED = [Stage(0, "all", sample=Sample(layers=1, steps=2))]
 
 EXACT = {"optim": "sgd", "max_grad_norm": 0.0}
 CHECKPOINTING = {**EXACT, "activation_checkpointing": True}
@@ -41,6 +45,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "clipping": {**EXACT, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     "checkpointing": {**CHECKPOINTING, "ddp_find_unused_parameters": True},
     "adapters": {**EXACT, "stages": ADAPTERS},
+    "sampled": {**EXACT, "stages": SAMPLED},
     # in single precision AdamW makes steps of gradients that are nothing but rounding
     "adamw": {"double": True},
     "one stage": {**EXACT, "stages": [Stage(0, "all")], "ddp_find_unused_parameters": False},
@@ -48,6 +53,7 @@ EQUAL: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "used only": {"ddp_find_unused_parameters": False},
     "checkpointed used only": CHECKPOINTING,
+    "sampled used only": {"stages": SAMPLED, "ddp_find_unused_parameters": False},
     "static": {"ddp_static_graph": True},
     "late": {"late": True},
 }
@@ -91,6 +97,68 @@ def make_model(stages: list[Stage], dropout: bool, double: bool) -> nn.Module:
     return model.double() if double else model
 
 
+class Loop:
+    """A raw Accelerate loop, with gradient accumulation and clipping."""
+
+    def __init__(self) -> None:
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, kwargs_handlers=[unused])
+        model = make_model(STAGES, dropout=False, double=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        # Accelerate lets a scheduler take a step for each process
+        scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2 * WORLD, num_training_steps=6 * WORLD)
+        data = DataLoader(rows(6 * BATCH), batch_size=BATCH // 2 // WORLD)
+        self.model, self.optimizer, self.scheduler, self.data = self.accelerator.prepare(
+            model, optimizer, scheduler, data
+        )
+        self.engine = attach_schedule(UnfreezeSchedule(STAGES), self.model, self.optimizer, self.scheduler, 6)
+        self.accelerator.register_for_checkpointing(self.engine)
+        self.bare = self.accelerator.unwrap_model(self.model)
+
+    def train(self, until: int = 6) -> list[dict[str, torch.Tensor]]:
+        """Trains up to a step; returns the weights after each."""
+        seen = []
+        for batch in self.accelerator.skip_first_batches(self.data, 2 * self.engine.steps):
+            if self.engine.steps == until:
+                break
+            with self.accelerator.accumulate(self.model):
+                self.model.train()
+                self.accelerator.backward(self.model(**batch).loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 0.1)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.engine.step()
+                seen.append(weights(self.bare))
+        return seen
+
+
+def loop(folder: Path) -> dict[str, Any]:
+    """Trains in a loop without an interruption, and in one that goes on from a checkpoint."""
+    whole, stopped, resumed = Loop(), Loop(), Loop()
+    happened = {"weights": whole.train()}
+    happened["stopped"] = stopped.train(until=3)
+    stopped.accelerator.save_state(str(folder / "loop"))
+    resumed.accelerator.load_state(str(folder / "loop"))
+    return {**happened, "resumed": resumed.train(), "stage": resumed.engine.current}
+
+
+def refused_loop(folder: Path) -> dict[str, Any]:
+    """Passes a model that Accelerate has not wrapped, then one that DDP waits for."""
+    model = tiny_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rest = (optimizer, get_scheduler("constant", optimizer), 6)
+    errors = []
+    for wrap in (lambda model: model, Accelerator(cpu=True).prepare):
+        try:
+            attach_schedule(UnfreezeSchedule(STAGES), wrap(model), *rest)
+        except ScheduleError as error:
+            errors.append(str(error))
+    return {"errors": errors, "trains": all(parameter.requires_grad for parameter in model.parameters())}
+
+
 def run(folder: Path, name: str) -> dict[str, Any]:
     """Trains on this process's share of the batches; returns what happened."""
     options = dict(SCENARIOS[name])
@@ -123,10 +191,13 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
+LOOPS = {"loop": loop, "refused loop": refused_loop}
+
+
 def main(folder: str, *names: str) -> None:
     for name in names:
         try:
-            happened = run(Path(folder), name)
+            happened = LOOPS[name](Path(folder)) if name in LOOPS else run(Path(folder), name)
         except ScheduleError as error:
             happened = {"error": str(error)}
         torch.save(happened, Path(folder) / f"{name}.{RANK}.pt")

@@ -12,9 +12,10 @@ import pytest
 import ranks
 import torch
 from filelock import FileLock
+from torch import nn
 from training import differing
 
-from hf_freeze.distributed import Launch, require_supported
+from hf_freeze.distributed import DDP, DEEPSPEED, FSDP, Launch, module_launch, require_supported
 from hf_freeze.errors import ScheduleError
 
 
@@ -42,7 +43,7 @@ def two(tmp_path_factory) -> Path:
     with FileLock(f"{folder}.lock"):  # the workers of pytest-xdist share it
         if not folder.exists():
             folder.mkdir()
-            done = launch(2, folder, *ranks.EQUAL, *ranks.REFUSED, "uncrashed", "naive")
+            done = launch(2, folder, *ranks.EQUAL, *ranks.REFUSED, "uncrashed", "naive", *ranks.LOOPS)
             assert done.returncode == 0, done.stderr
     return folder
 
@@ -112,6 +113,33 @@ def test_killed_and_resumed_they_are_the_uncrashed_run(two, tmp_path):
         assert resumed["losses"] == uncrashed["losses"]
 
 
+# A loop without a Trainer
+
+
+@pytest.mark.slow
+def test_a_raw_accelerate_loop_is_one_process_too(two, tmp_path):
+    alone, (first, second) = ranks.loop(tmp_path), seen(two, "loop")
+    assert len(first["weights"]) == 6
+    assert [differing(*pair) for pair in zip(first["weights"], second["weights"], strict=True)] == [[]] * 6
+    assert farthest(first["weights"], alone["weights"]) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_raw_accelerate_loop_resumes_from_a_saved_state(two):
+    for rank in seen(two, "loop"):
+        gone_on = [*rank["stopped"], *rank["resumed"]]
+        assert [differing(*pair) for pair in zip(gone_on, rank["weights"], strict=True)] == [[]] * 6
+        assert rank["stage"] == 3
+
+
+@pytest.mark.slow
+def test_a_raw_loop_that_would_go_wrong_is_refused_and_its_model_is_left_as_it_was(two):
+    for rank in seen(two, "refused loop"):
+        assert "Pass the model that accelerator.prepare(model) has returned" in rank["errors"][0]
+        assert "pass it to the Accelerator by DistributedDataParallelKwargs" in rank["errors"][1]
+        assert len(rank["errors"]) == 2 and rank["trains"]
+
+
 # Refusals
 
 
@@ -119,10 +147,11 @@ def test_killed_and_resumed_they_are_the_uncrashed_run(two, tmp_path):
 @pytest.mark.parametrize(
     ("name", "mend"),
     [
-        ("used only", "Set ddp_find_unused_parameters=True"),
-        ("checkpointed used only", "activation_checkpointing_kwargs={'use_reentrant': False}"),
-        ("static", "Set ddp_static_graph=False"),
-        ("late", "Make a new Trainer, with the callback in `callbacks=`"),
+        ("used only", "set ddp_find_unused_parameters=True"),
+        ("checkpointed used only", "Checkpoint activations with use_reentrant=False"),
+        ("sampled used only", "set ddp_find_unused_parameters=True"),
+        ("static", "Leave static_graph out"),
+        ("late", "make a new Trainer, with the callback in `callbacks=`"),
     ],
 )
 def test_what_would_go_wrong_is_refused_on_each_rank(two, name, mend):
@@ -130,30 +159,42 @@ def test_what_would_go_wrong_is_refused_on_each_rank(two, name, mend):
 
 
 ALL, HEAD = frozenset({"layer", "head"}), frozenset({"head"})
-DDP = Launch("MULTI_CPU")
+ON_DDP = Launch(DDP)
 
 
 @pytest.mark.parametrize(
     ("launch", "held", "message"),
     [
         (Launch(devices=2), ALL, r"DataParallel, on 2 GPUs.*torchrun --nproc-per-node 2; or set CUDA_VISIBLE_DEVICES"),
-        (Launch("DEEPSPEED"), ALL, r"DeepSpeed fixes what trains when it starts.*Use DDP; or train each stage in a Tr"),
-        (Launch("FSDP"), ALL, r"not carried out under FSDP so far. Use DDP; or train each stage.*freeze\(model, ...\)"),
-        (replace(DDP, static_graph=True), ALL, r"static_graph=True forbids it. Set ddp_static_graph=False"),
-        (replace(DDP, find_unused=False), ALL, r"find_unused_parameters. Set ddp_find_unused_parameters=True"),
-        (DDP, HEAD, r"'layer' and 0 more are scheduled but were frozen when DDP wrapped the model.*Make a new Trainer"),
+        (Launch(DEEPSPEED), ALL, r"DeepSpeed fixes what trains when it starts.*Use DDP; or train each stage in a run"),
+        (Launch(FSDP), ALL, r"not carried out under FSDP so far. Use DDP; or train each stage.*freeze\(model, ...\)"),
+        (replace(ON_DDP, static_graph=True), ALL, r"static_graph forbids it. Leave static_graph out"),
+        (replace(ON_DDP, find_unused=False), ALL, r"find_unused_parameters: set ddp_find_unused_parameters=True"),
+        (ON_DDP, HEAD, r"'layer' and 0 more are scheduled but were frozen when DDP wrapped the model.*Unfreeze them"),
     ],
 )
 def test_what_stages_can_not_be_carried_out_in_is_refused_with_the_mend(launch, held, message):
     with pytest.raises(ScheduleError, match=message):
-        require_supported(launch, held, [HEAD, ALL])
+        require_supported(launch, held, ALL, changes=True)
 
 
-@pytest.mark.parametrize("launch", [Launch(), replace(Launch(), find_unused=False), DDP, Launch("MULTI_GPU")])
+@pytest.mark.parametrize("launch", [Launch(), Launch(find_unused=False), ON_DDP])
 def test_one_process_and_ddp_are_not(launch):
-    require_supported(launch, ALL, [HEAD, ALL])
+    require_supported(launch, ALL, ALL, changes=True)
 
 
 @pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused": False}])
-def test_where_each_stage_trains_all_that_ddp_holds_nothing_is_asked_of_ddp(options):
-    require_supported(replace(DDP, **options), ALL, [ALL, ALL])
+def test_where_all_that_ddp_holds_trains_at_each_step_nothing_is_asked_of_it(options):
+    require_supported(replace(ON_DDP, **options), ALL, ALL, changes=False)
+    with pytest.raises(ScheduleError):
+        require_supported(replace(ON_DDP, **options), ALL, HEAD, changes=False)
+
+
+@pytest.mark.parametrize("base", ["DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel"])
+def test_what_wraps_a_loops_model_is_told_by_its_class(base):
+    wrapper = type("Wrapped", (type(base, (nn.Module,), {}),), {})()  # DeepSpeed need not be installed
+    with pytest.raises(ScheduleError, match="Use DDP"):
+        require_supported(module_launch(wrapper), ALL, ALL, changes=True)
+    with pytest.raises(ScheduleError, match="DataParallel, on 2 GPUs"):
+        require_supported(module_launch(nn.DataParallel(nn.Linear(1, 1))), ALL, ALL, changes=True)
+    assert module_launch(nn.Linear(1, 1)) == Launch()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import differing, names_in, tiny_bert, weights
 from transformers import get_scheduler
 
-from hf_freeze import Stage, select
-from hf_freeze.engine import StageEngine
+from hf_freeze import Stage, UnfreezeSchedule, select
+from hf_freeze.engine import StageEngine, attach_schedule
 from hf_freeze.errors import ScheduleError, SelectorError
 
 RATE, STEPS = 0.01, 6
@@ -157,6 +158,61 @@ def test_a_stages_rate_does_not_hang_on_the_optimizers():
         optimizer.step()
         scheduler.step()
     assert rates == [pytest.approx([0.2, 0.3])] * 2 + [pytest.approx([0.5, 0.3])]
+
+
+# In a loop of one's own, by one call
+
+
+STAGED = UnfreezeSchedule([Stage(0, "head"), Stage("2 steps", "layers[-1]", lr=0.1), Stage(2, "layers[0]")])
+
+
+def in_a_loop():
+    model = tiny_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    return model, attach_schedule(STAGED, model, optimizer, scheduler, STEPS, steps_per_epoch=2)
+
+
+def trains(model) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_one_call_sets_a_schedule_up_and_step_carries_it_out():
+    model, engine = in_a_loop()
+    found = [trains(model)]
+    for _ in range(STEPS):
+        engine.step()
+        found.append(trains(model))
+    head, top, bottom = (set(select(model, term)) for term in ("head", "layers[-1]", "layers[0]"))
+    assert found == [head, head, *[head | top] * 2, *[head | top | bottom] * 3]
+    assert not model.train().bert.embeddings.training
+
+
+def test_a_loop_goes_on_from_the_steps_that_were_saved():
+    _, saved = in_a_loop()
+    for _ in range(3):
+        saved.step()
+    model, engine = in_a_loop()
+    engine.load_state_dict(saved.state_dict())
+    assert trains(model) == trains(saved.model)
+    assert engine.step().step == 4
+
+
+def test_what_the_optimizer_does_not_hold_is_refused_in_a_loop_too_and_the_model_is_left_as_it_was():
+    model = tiny_bert()
+    optimizer = torch.optim.SGD(model.classifier.parameters(), lr=RATE)
+    with pytest.raises(ScheduleError, match="scheduled but not in the optimizer"):
+        attach_schedule(STAGED, model, optimizer, get_scheduler("constant", optimizer), STEPS, 2)
+    assert trains(model) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["by Accelerate", "bare"])
+def test_a_loop_may_be_wrapped_or_bare(wrapped):
+    model = tiny_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    parts = (torch.compile(model), optimizer, get_scheduler("constant", optimizer))
+    engine = attach_schedule(STAGED, *(Accelerator(cpu=True).prepare(*parts) if wrapped else parts), STEPS, 2)
+    assert engine.model is model and trains(model) == set(select(model, "head"))
 
 
 # One run after another

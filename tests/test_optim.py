@@ -176,6 +176,25 @@ def test_a_checkpoint_goes_from_a_split_optimizer_to_a_plain_one_and_back(name, 
     assert all(reader.state[new].keys() == writer.state[old].keys() for new, old in zip(read, written, strict=True))
 
 
+@given(keys, st.integers(0, STEPS))
+@settings(deadline=None, max_examples=30)
+def test_loaded_while_split_they_go_on_as_those_that_were_saved(drawn, count):
+    writer, writer_scheduler, written = set_up()
+    reader, reader_scheduler, read = set_up()
+    for optimizer, scheduler, params in ((writer, writer_scheduler, written), (reader, reader_scheduler, read)):
+        regroup(optimizer, scheduler, *split_by(params, drawn))
+    for _ in range(count):
+        step(writer, writer_scheduler, written)
+    reader.load_state_dict(writer.state_dict())
+    reader_scheduler.load_state_dict(writer_scheduler.state_dict())
+    assert [group["lr"] for group in reader.param_groups] == [group["lr"] for group in writer.param_groups]
+    for _ in range(2):
+        step(writer, writer_scheduler, written)
+        step(reader, reader_scheduler, read)
+        assert reader_scheduler.get_last_lr() == writer_scheduler.get_last_lr()
+    assert reader_scheduler.state_dict() == writer_scheduler.state_dict()
+
+
 def test_a_checkpoint_of_other_groups_is_refused_by_torch():
     optimizer, scheduler, params = set_up()
     regroup(optimizer, scheduler, *split_by(params, [0, 1, 1, 2, 2, 0]))
