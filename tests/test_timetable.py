@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scheduling import stages
 from tiny import tiny_config
 from training import LAYERS, tiny_bert
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, get_scheduler
 
 from hf_freeze import Sample, Stage, layer_map, select
 from hf_freeze.errors import ScheduleError, SelectorError
@@ -124,13 +124,25 @@ def test_each_stack_of_an_encoder_decoder_counts_from_its_own_top():
 
 
 def test_ulmfits_rates_fall_by_2_6_from_layer_to_layer():
-    """Howard & Ruder 2018, section 3.1: the rate of a layer is that of the layer above it, divided by 2.6."""
+    """Howard & Ruder 2018, section 3.2: the rate of a layer is that of the layer above it, divided by 2.6."""
     (planned,) = plan(MODEL, [Stage(0, "all", lr=0.01, layer_decay=1 / 2.6)], RATES, 10, None)
     downwards = ["head", *(f"layers[{index}]" for index in reversed(range(LAYERS))), "embeddings"]
     rates = [{planned.rates[name] for name in select(MODEL, part)} for part in downwards]
     assert all(len(own) == 1 for own in rates)
     values = [own.pop() for own in rates]
     assert [above / below for above, below in pairwise(values)] == pytest.approx([2.6] * (LAYERS + 1))
+
+
+@given(st.integers(1, 20).map(lambda tenths: 10 * tenths), st.integers(2, 100))
+@settings(deadline=None)
+def test_slanted_triangular_rates_are_linear_ones_on_a_floor(total, ratio):
+    """Howard & Ruder 2018, equation 3, with a warm-up of a tenth: what the manual says of the Trainer's `linear`."""
+    cut = total // 10
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    (linear,) = get_scheduler("linear", optimizer, num_warmup_steps=cut, num_training_steps=total).lr_lambdas
+    for t in range(total):
+        p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / 0.1 - 1))
+        assert (1 + p * (ratio - 1)) / ratio == pytest.approx((1 + (ratio - 1) * linear(t)) / ratio)
 
 
 def test_of_several_rates_the_last_that_names_a_parameter_counts():
