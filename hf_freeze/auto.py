@@ -14,11 +14,12 @@ from typing import Any
 
 import transformers
 from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from .errors import FreezeError, nearest
 from .freezing import freeze, unfreeze
+from .layers import layer_map
 from .selectors import Selector
 from .state import RECORD
 from .thawed import mark_thawed
@@ -60,25 +61,25 @@ def auto_freeze(auto_class: Any) -> type:
             FreezeError: the folder holds adapters already, and more are asked for.
         """
         saved = _saved_adapter(name_or_path, kwargs)
-        if saved is not None and (adapter is not None or freeze is not None):
-            raise FreezeError(
-                f"{str(name_or_path)!r} was saved frozen and adapted. Leave out freeze= and adapter=, or name the base."
-            )
         record = getattr(saved, "record", None) or {}
-        if record.get("config") and "config" not in kwargs:
-            kwargs["config"] = AutoConfig.for_model(**record["config"])
+        if saved is not None and (adapter is not None or (record and freeze is not None)):
+            raise FreezeError(
+                f"{str(name_or_path)!r} was saved with adapters. Leave out freeze= and adapter=, or name the base."
+            )
+        if record:
+            kwargs = _as_saved(record, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = auto_class.from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
-        if saved is not None:
+        if record:
             _restore(model, record)
         else:
-            _prepare(model, freeze, adapter, info["missing_keys"])
+            _prepare(model, freeze, adapter, info["missing_keys"], _resized(info))
         return (model, info) if wants_info else model
 
     def from_config(config: Any, freeze: Selector | None = None, adapter: PeftConfig | None = None) -> PreTrainedModel:
         """Builds a model without pretrained weights from a config, and freezes and adapts it like `from_pretrained`."""
         model = auto_class.from_config(config)
-        _prepare(model, freeze, adapter, new=())
+        _prepare(model, freeze, adapter)
         return model
 
     name = PREFIX + auto_class.__name__.removeprefix("Auto")
@@ -88,18 +89,22 @@ def auto_freeze(auto_class: Any) -> type:
 
 
 def _prepare(
-    model: PreTrainedModel, selector: Selector | None, adapter: PeftConfig | None, new: Collection[str]
+    model: PreTrainedModel,
+    selector: Selector | None,
+    adapter: PeftConfig | None,
+    missing: Collection[str] = (),
+    resized: Collection[str] = (),
 ) -> None:
     """Freezes and adapts a model that is not one of ours, or is one without adapters.
 
     With adapters, what `selector` leaves alone goes on training; and if there is no selector, what has no pretrained
-    weights (`new`): a random head that PEFT has frozen would never learn anything. What is new is marked in any case,
-    so that an adapter's file holds it: loading the base again would draw it anew.
+    weights (`missing` in the files, or `resized`): a random head that PEFT has frozen would never learn anything. Such
+    weights are marked in any case, so that an adapter's file holds them: loading the base again would draw them anew.
     """
-    saved = getattr(model.config, RECORD, None) or {}
-    parts = selector if selector is not None else saved.get("frozen")
+    new = {*missing, *resized}
+    parts = selector if selector is not None else _frozen_in(model)
     model.config.architectures = [type(model).__name__]
-    setattr(model.config, RECORD, {"frozen": []})  # kept up to date by `freeze` and `unfreeze`
+    setattr(model.config, RECORD, {"frozen": [], "resized": list(resized)})  # kept up to date: see `state.record`
     names = dict(model.named_parameters())
     mark_thawed(model, [name for name in new if name in names])
     if parts:
@@ -118,8 +123,35 @@ def _prepare(
             unfreeze(model, kept)
 
 
+def _resized(info: dict[str, Any]) -> list[str]:
+    """Returns the parameters that have another shape in the files, and so no pretrained weights."""
+    return sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+
+
+def _frozen_in(model: PreTrainedModel) -> list[str]:
+    """Returns what a folder without adapters says was frozen, but for what this class of model does not have."""
+    layers = layer_map(model)
+    parts = (getattr(model.config, RECORD, None) or {}).get("frozen", ())
+    return [part for part in parts if part in layers.aliases or layers.find(part)]
+
+
+def _as_saved(record: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with which the base model of a saved folder is loaded: its config as it was saved."""
+    saved = record.get("config") or {}
+    if "config" not in kwargs and saved.get("model_type") in CONFIG_MAPPING:  # else it is remote code's
+        config_class = CONFIG_MAPPING[saved["model_type"]]
+        config, kwargs = config_class.from_dict(saved, return_unused_kwargs=True, **kwargs)
+        kwargs["config"] = config
+    if (saved.get(RECORD) or {}).get("resized"):
+        kwargs = {"ignore_mismatched_sizes": True, **kwargs}
+    return kwargs
+
+
 def _restore(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Puts a model that was loaded with its adapters back into the state in which it was saved."""
+    names = dict(model.named_parameters())
+    for name in set(record.get("thawed", ())) & names.keys():
+        names[name].requires_grad_(False)  # transformers 5.23 makes them anew, and lets them train
     model.set_adapter(model.active_adapters())  # transformers loads them for inference: this lets them train again
     if record.get("trainable"):
         unfreeze(model, record["trainable"])

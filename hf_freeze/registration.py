@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -34,15 +35,23 @@ class _AfterPeft(MetaPathFinder):
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                importlib.import_module(ADAPTERS)
+                _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def _register() -> None:
+    """Registers the method; where this PEFT does not let it, warns, since a script that only freezes needs no PEFT."""
+    try:
+        importlib.import_module(ADAPTERS)
+    except Exception as error:
+        warnings.warn(f"hf_freeze's adapters can't be used with this PEFT: {error}", stacklevel=2)
+
+
 def register_with_peft() -> None:
     """Registers BOTTLENECK now if PEFT has been imported, else when it is."""
     if "peft" in sys.modules:
-        importlib.import_module(ADAPTERS)
+        _register()
     elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterPeft())

@@ -16,6 +16,7 @@ from torch import nn
 from .layers import LayerMap, Segment, layer_map
 from .selectors import select
 from .stacks import GUARD
+from .thawed import COPIES
 
 RECORD = "hf_freeze"  # the attribute of a config that holds the state of its model
 
@@ -53,12 +54,13 @@ def frozen_parts(model: nn.Module) -> list[str]:
 
 
 def trainable_parts(model: nn.Module) -> list[str]:
-    """Returns selectors for the parameters of the base model that train; adapters are no part of it."""
-    return describe(layer_map(model), [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    """Returns selectors for the parameters of the base model that train: no adapters, no copies of PEFT's."""
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return describe(layer_map(model), [name for name in trains if f".{COPIES[0]}." not in name])
 
 
 def record(model: nn.Module) -> None:
     """Brings the record in a model's config up to date, if its config keeps one; `save_pretrained` then saves it."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, RECORD) and type(model).__name__ in (config.architectures or ()):  # not a part of the model
-        setattr(config, RECORD, {"frozen": frozen_parts(model)})
+        setattr(config, RECORD, {**getattr(config, RECORD), "frozen": frozen_parts(model)})

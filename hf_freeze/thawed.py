@@ -18,7 +18,7 @@ from .stacks import GUARD, join
 
 _MARK = "_hf_freeze_thawed"
 _COUNT = "_hf_freeze_batches"
-_COPIES = ("modules_to_save", "original_module")  # PEFT trains and saves a copy of a module, beside the original
+COPIES = ("modules_to_save", "original_module")  # PEFT trains and saves a copy of a module, beside the original
 
 
 def mark_thawed(model: nn.Module, names: Iterable[str]) -> None:
@@ -62,7 +62,7 @@ def _base_modules(path: str, module: nn.Module, kept_still: bool = False) -> Ite
     """Yields the modules of the base model: name, module, and whether a guard keeps it in eval mode."""
     kept_still = kept_still or hasattr(module, GUARD)
     yield path, module, kept_still
-    left_out = (*adapter_containers(module), *_COPIES, GUARD)
+    left_out = (*adapter_containers(module), *COPIES, GUARD)
     for name, child in module.named_children():
         if name not in left_out:
             yield from _base_modules(join(path, name), child, kept_still)

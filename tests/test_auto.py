@@ -220,8 +220,62 @@ def test_the_loading_info_is_given_where_it_is_asked_for(base: str) -> None:
 def test_a_saved_folder_takes_no_second_recipe(base: str, tmp_path: Path) -> None:
     AutoFreeze.from_pretrained(base, adapter=BottleneckConfig()).save_pretrained(tmp_path)
 
-    with pytest.raises(FreezeError, match=r"saved frozen and adapted\. Leave out freeze= and adapter="):
+    with pytest.raises(FreezeError, match=r"saved with adapters\. Leave out freeze= and adapter="):
         AutoFreeze.from_pretrained(str(tmp_path), freeze=BASE)
+
+
+def test_arguments_of_the_config_are_taken_with_a_saved_folder_too(base: str, tmp_path: Path) -> None:
+    AutoFreeze.from_pretrained(base, adapter=BottleneckConfig(), num_labels=4).save_pretrained(tmp_path)
+
+    restored = AutoFreeze.from_pretrained(tmp_path, output_hidden_states=True, dtype=torch.bfloat16)
+
+    assert restored.config.output_hidden_states
+    assert restored.num_labels == 4
+    assert restored.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("freeze_rule", [None, "base"])
+def test_a_head_of_another_size_than_the_base_s_trains_and_comes_back(base: str, freeze_rule, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=5).save_pretrained(tmp_path / "base")
+    model = AutoFreeze.from_pretrained(
+        str(tmp_path / "base"), freeze=freeze_rule, adapter=BottleneckConfig(), num_labels=2,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    assert {"classifier.weight", "classifier.bias"} <= trains(model)
+    disturb(model)
+    model.save_pretrained(tmp_path / "adapted")
+
+    assert torch.equal(logits(AutoFreeze.from_pretrained(tmp_path / "adapted")), logits(model))
+
+
+def test_adapters_of_any_name_come_back_with_their_modules_to_save(base: str, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    model.add_adapter(BottleneckConfig(modules_to_save=["classifier"]), "news")
+    disturb(model)
+    model.save_pretrained(tmp_path)
+
+    restored = AutoFreeze.from_pretrained(tmp_path)
+
+    assert torch.equal(logits(restored)[:, 0] != 0, logits(model)[:, 0] != 0)
+    assert any("modules_to_save" in name for name in trains(restored))
+
+
+def test_what_was_frozen_applies_to_another_class_as_far_as_it_has_it(base: str, tmp_path: Path) -> None:
+    AutoFreeze.from_pretrained(base, freeze="embeddings, pooler").save_pretrained(tmp_path)
+
+    model = hf_freeze.AutoFreezeModelForTokenClassification.from_pretrained(tmp_path)  # it has no pooler
+
+    assert trains(model) == set(select(model, "layers, head"))
+
+
+def test_a_folder_of_another_method_can_be_frozen(base: str, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path)
+
+    restored = AutoFreeze.from_pretrained(tmp_path, freeze="base - pooler")
+
+    assert not restored.train().bert.embeddings.training
 
 
 def test_a_wrong_selector_names_the_nearest(base: str) -> None:
