@@ -6,7 +6,9 @@ and where an adapter goes.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -115,6 +117,7 @@ class BottleneckConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.target_modules: Any = None  # resolved on the model; PEFT's own machinery reads it
+        self.is_read = False  # from a file, and not yet put into a model
         self.shapes: dict[str, list[int]] | None = None  # of the tensors in the file that it was read beside
         for name, known in (("placement", get_args(Placement)), ("init", get_args(Init)), ("activation", ACT2FN)):
             value = getattr(self, name)
@@ -146,31 +149,24 @@ class BottleneckConfig(PeftConfig):
             if not (math.isfinite(factor) and factor > 0):
                 raise AdapterError(f"reduction_factor={factor}: write a positive number, such as 16.")
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> PeftConfig:
-        """Reads a config, and looks into the file of weights beside it: PEFT reads that after it has changed the model.
+    def look_into(self, folder: Path) -> None:
+        """Notes the shapes of the tensors in the file beside the config: they are read after the model was changed.
 
         Args:
-            pretrained_model_name_or_path: A folder, or a repository on the hub, whose weights are looked into later.
-            subfolder: A folder in it.
-            kwargs: See `PeftConfig.from_pretrained`.
+            folder: Where the config was read. Nothing is noted of one that is on the hub.
 
         Raises:
             AdapterError: the file can't be read.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if file.parent.is_dir() and not any(file.with_suffix(end).is_file() for end in (".safetensors", ".bin")):
-            config.shapes = {}  # no weights are no fault of a config, unless it is loaded for them
-        if file.is_file() and not kwargs.get("ignore_mismatched_sizes"):
+        file = folder / SAFETENSORS_WEIGHTS_NAME
+        if folder.is_dir() and not any(file.with_suffix(end).is_file() for end in (".safetensors", ".bin")):
+            self.shapes = {}  # no weights are no fault of a config, unless it is loaded for them
+        if file.is_file():
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    config.shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+                    self.shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
             except SafetensorError as error:
                 raise AdapterError(f"{file} can't be read ({error}). Save or download the adapter again.") from error
-        return config
 
     def width(self, hidden_size: int, reduction_factor: float | None = None) -> int:
         """Returns the bottleneck's width m for a width d = `hidden_size`; at least 1, and a multiple of `phm_dim`.
@@ -203,3 +199,27 @@ class BottleneckConfig(PeftConfig):
         """Returns Compacter (Mahabadi et al. 2021): as Houlsby, of 4 rank-one Kronecker products, gelu, d / m = 32."""
         preset = {"placement": "houlsby", "activation": "gelu", "reduction_factor": 32, "phm_dim": 4}
         return cls(**{**preset, **options})
+
+
+def _reads_with_weights(read: Callable[..., Any]) -> Any:
+    """Returns PEFT's `from_pretrained` of configs, which then looks into the file of weights beside one of ours.
+
+    It takes the place of the base class's own: transformers 5.23 reads by `PeftConfig.from_pretrained`, whichever the
+    method, and has put the adapter in when it finds that the file does not fit.
+    """
+
+    @functools.wraps(read)
+    def from_pretrained(
+        cls: type[PeftConfig], pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        config: PeftConfig = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, BottleneckConfig):
+            config.is_read = True
+            if not kwargs.get("ignore_mismatched_sizes"):
+                config.look_into(Path(pretrained_model_name_or_path, subfolder or ""))
+        return config
+
+    return classmethod(from_pretrained)
+
+
+PeftConfig.from_pretrained = _reads_with_weights(PeftConfig.from_pretrained.__func__)

@@ -22,7 +22,10 @@ from .peft_method import PREFIX
 from .placement import Site
 
 _PEFT_PREFIX = "base_model.model."
-_OWN_PARTS = {"weight", "bias", "left", "right", CHILD, *BottleneckLayer.adapter_layer_names}
+_OWN_PARTS = {
+    *("model", "base_model"),  # parts of every name in a `PeftModel`
+    *("weight", "bias", "left", "right", CHILD, *BottleneckLayer.adapter_layer_names),
+}
 _SAVED = ("modules_to_save", "original_module")
 _PEFT_HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds them by task_type, whether the model has them or not
 _OTHER_MODEL = "The adapter was saved from another model or config:"
@@ -87,14 +90,15 @@ def check_file(model: nn.Module, config: BottleneckConfig, sites: Mapping[str, S
         here, there = (_outline(part) for part in (widths, record["widths"]))
         raise AdapterError(f"{_OTHER_MODEL} it is for {there}, where this model has {here}.")
     shapes = {name.replace(".original_module.", "."): tensor.shape for name, tensor in model.state_dict().items()}
-    for name in record.get("thawed", ()):
+    thawed = record.get("thawed", ())
+    for name in thawed:
         if name not in shapes:
             raise AdapterError(f"{_OTHER_MODEL} it holds {name!r}, which this model has not.")
     if config.shapes is None or not (config.shapes or config.inference_mode):
         return
     found = {name.removeprefix(_PEFT_PREFIX): torch.Size(shape) for name, shape in config.shapes.items()}
     needed = _needed(config, sites)
-    check_names(needed.keys(), [name for name in found if f".{CHILD}.{PREFIX}" in name])
+    check_names({*needed, *thawed}, [name for name in found if f".{CHILD}.{PREFIX}" in name or name in thawed])
     for name, shape in found.items():
         expected = needed.get(name, shapes.get(name, shape))
         if shape != expected:

@@ -47,13 +47,23 @@ class BottleneckModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter in; when that fails, the model is as it was."""
         required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        config = cast(BottleneckConfig, self.peft_config[adapter_name])
+        if not (config.is_read or config.inference_mode):
+            config.record = None  # a new adapter: a record would be that of the model that the config served before
+        thawed = (config.record or {}).get("thawed", ())
+        groups = tied_names(model, thawed)  # before PEFT puts wrappers around modules
         try:
+            check_name(model, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             for parameter, requires_grad in required:
                 parameter.requires_grad_(requires_grad)
             self._forget(model, adapter_name)
             raise
+        config.is_read, config.shapes = False, None  # they told of one file, for one model
+        mark_thawed(model, thawed)
+        if groups:
+            model.register_forward_pre_hook(partial(retie, groups))
 
     def _forget(self, model: nn.Module, adapter_name: str) -> None:
         """Takes out what there is of an adapter that could not be put in whole."""
@@ -69,7 +79,6 @@ class BottleneckModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
-        check_name(self.model, next(name for name, known in self.peft_config.items() if known is config))
         missing = [name for name in getattr(config, "fusion", None) or () if name not in self.peft_config]
         if missing:
             raise AdapterError(
@@ -86,10 +95,6 @@ class BottleneckModel(BaseTuner):
         # no list: PEFT 0.21.2 shortens one of 20 names or more to common endings (`_find_minimal_target_modules`)
         peft_config.target_modules = tuple(self._sites)
         note_statistics(self.model)
-        thawed = (peft_config.record or {}).get("thawed", ())
-        mark_thawed(self.model, thawed)
-        if groups := tied_names(self.model, thawed):
-            self.model.register_forward_pre_hook(partial(retie, groups))
         return peft_config
 
     @staticmethod

@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel, PeftType, get_peft_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from hf_freeze import BottleneckConfig, freeze, unfreeze
 from hf_freeze.adapters import BottleneckLayer, BottleneckModel
 from hf_freeze.errors import AdapterError
+from hf_freeze.thawed import thawed_tensors
 from tests.adapters.kinds import CAUSAL, TEXT, VISION, config, each_placement, logits, own_tensors, stir, unchanged
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -47,6 +47,9 @@ def by_transformers(model, folder):
     return model.load_adapter(folder)
 
 
+each_way = pytest.mark.parametrize("load", [by_peft, by_transformers])
+
+
 def test_the_method_is_registered():
     model = get_peft_model(TEXT.model(), BottleneckConfig())
     assert isinstance(model.base_model, BottleneckModel)
@@ -56,7 +59,7 @@ def test_the_method_is_registered():
 # Names
 
 BAD_NAMES = ["../up", "..", "a/b", "a\\b", "a.b", "", " a", "a b"]
-TAKEN_NAMES = ["weight", "keys", "bottleneck_up", "adapter", "modules_to_save", "encoder", "0", "classifier"]
+TAKEN_NAMES = ["weight", "keys", "bottleneck_up", "adapter", "modules_to_save", "encoder", "0", "classifier", "model"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES + TAKEN_NAMES)
@@ -68,6 +71,14 @@ def test_names_that_would_get_mixed_up_are_refused(name):
     with unchanged(adapted), pytest.raises(AdapterError, match="Adapter name"):
         adapted.add_adapter(name, config())
     assert list(adapted.peft_config) == ["default"]
+
+
+def test_a_name_is_checked_for_a_config_that_serves_another_adapter_too():
+    shared = config()
+    model = get_peft_model(TEXT.model(), shared, adapter_name="a")
+    with unchanged(model), pytest.raises(AdapterError, match="Adapter name 'encoder'"):
+        model.add_adapter("encoder", shared)
+    assert list(model.peft_config) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["default", "news-2", "Ünïcode", "b", "task_1"])
@@ -93,28 +104,25 @@ def test_transformers_can_try_again_after_a_refused_name():
 # Files
 
 
+@each_way
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"\xff" * 100, lambda data: b""])
-def test_a_damaged_file_is_refused(folder, damage):
+def test_a_damaged_file_is_refused(folder, damage, load):
     file = folder / WEIGHTS
     file.write_bytes(damage(file.read_bytes()))
     model = TEXT.model()
     with unchanged(model), pytest.raises(AdapterError, match=r"adapter_model.safetensors can't be read .* Save or"):
-        by_peft(model, folder)
-    before = logits(model, TEXT.inputs())
-    with pytest.raises(SafetensorError):  # transformers' own error; it reads after it has put the adapter in
-        by_transformers(model, folder)
-    assert torch.equal(logits(model, TEXT.inputs()), before)
-    model.delete_adapter("default")
-    assert torch.equal(logits(model, TEXT.inputs()), before)
+        load(model, folder)
 
 
-def test_a_missing_file_is_refused(folder):
+@each_way
+def test_a_missing_file_is_refused(folder, load):
     (folder / WEIGHTS).unlink()
     model = TEXT.model()
     with unchanged(model), pytest.raises(AdapterError, match="There is no file of weights"):
-        by_peft(model, folder)
+        load(model, folder)
 
 
+@each_way
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -124,11 +132,30 @@ def test_a_missing_file_is_refused(folder):
     ],
     ids=["missing", "extra", "shape"],
 )
-def test_a_file_with_other_tensors_is_refused(folder, edit, message):
+def test_a_file_with_other_tensors_is_refused(folder, edit, message, load):
     edit_tensors(folder, edit)
     model = TEXT.model()
     with unchanged(model), pytest.raises(AdapterError, match=message):
-        by_peft(model, folder)
+        load(model, folder)
+
+
+@each_way
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_that_lacks_a_base_tensor_that_trained_is_refused(load, whole, tmp_path):
+    """A failed attempt leaves no mark either: what it would have brought is not taken for trained."""
+    model = get_peft_model(TEXT.model(), config())
+    unfreeze(model, "layers[-1]")
+    model.save_pretrained(tmp_path)
+    base = TEXT.model()
+    base.requires_grad_(False)
+    if whole:
+        load(base, tmp_path)
+        assert any("layer.1." in name for name in thawed_tensors(base))
+        return
+    edit_tensors(tmp_path, lambda tensors, _: tensors.pop(next(name for name in tensors if "query.weight" in name)))
+    with unchanged(base), pytest.raises(AdapterError, match=r"its file lacks 'bert\.encoder\.layer\.1.*query\.weight'"):
+        load(base, tmp_path)
+    assert not thawed_tensors(base)
 
 
 def test_tensors_that_are_missing_are_refused_for_an_adapter_that_is_there_too(folder):
@@ -138,7 +165,7 @@ def test_tensors_that_are_missing_are_refused_for_an_adapter_that_is_there_too(f
         model.load_adapter(folder, "default")
 
 
-@pytest.mark.parametrize("load", [by_peft, by_transformers])
+@each_way
 @pytest.mark.parametrize(
     "make",
     [
@@ -156,13 +183,14 @@ def test_a_checkpoint_of_another_model_is_refused(folder, load, make):
         load(model, folder)
 
 
-def test_a_head_of_another_size_is_refused(folder):
+@each_way
+def test_a_head_of_another_size_is_refused(folder, load):
     model = TEXT.model(num_labels=5)
     with unchanged(model), pytest.raises(AdapterError, match=r"'classifier.bias' is \(2,\) there, and \(5,\) here"):
-        by_peft(model, folder)
+        load(model, folder)
 
 
-@pytest.mark.parametrize("load", [by_peft, by_transformers])
+@each_way
 def test_a_config_with_a_wrong_value_is_refused(folder, load):
     edit_config(folder, placement="everywhere")
     model = TEXT.model()
@@ -170,7 +198,7 @@ def test_a_config_with_a_wrong_value_is_refused(folder, load):
         load(model, folder)
 
 
-@pytest.mark.parametrize("load", [by_peft, by_transformers])
+@each_way
 def test_fields_of_a_later_version_are_left_out_with_a_warning(folder, load):
     expected = logits(by_peft(TEXT.model(), folder), TEXT.inputs())
     edit_config(folder, of_tomorrow=1)
@@ -180,7 +208,7 @@ def test_fields_of_a_later_version_are_left_out_with_a_warning(folder, load):
     assert torch.equal(logits(model.eval(), TEXT.inputs()), expected)
 
 
-@pytest.mark.parametrize("load", [by_peft, by_transformers])
+@each_way
 def test_a_config_that_is_cut_off_is_refused(folder, load):
     (folder / CONFIG).write_text((folder / CONFIG).read_text()[:40])
     model = TEXT.model()
@@ -265,6 +293,27 @@ def test_a_copy_shares_its_own_compacter_rule():
     stir(model)
     model(**TEXT.inputs(), **TEXT.labels()).loss.backward()
     assert rule.grad.any()
+
+
+# A config that serves again
+
+
+def test_a_config_that_has_been_saved_serves_a_new_adapter(tmp_path):
+    """What was written into it on saving is about the model that it served before."""
+    shared = config()
+    model = get_peft_model(TEXT.model(num_hidden_layers=3), shared)
+    unfreeze(model, "layers[-1]")
+    model.save_pretrained(tmp_path)
+    base = TEXT.model()
+    base.requires_grad_(False)
+    base.add_adapter(shared)
+    assert thawed_tensors(base) == () and shared.record is None
+
+
+def test_a_config_that_has_been_loaded_serves_a_new_adapter(folder):
+    loaded = PeftModel.from_pretrained(TEXT.model(), folder, is_trainable=True).peft_config["default"]
+    adapted = get_peft_model(TEXT.model(num_labels=5), loaded)
+    assert own_tensors(adapted)
 
 
 # What is written down
