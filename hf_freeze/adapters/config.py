@@ -7,11 +7,12 @@ and where an adapter goes.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -24,6 +25,16 @@ from .peft_method import PEFT_TYPE
 
 Placement = Literal["layer", "pfeiffer", "houlsby", "parallel"]
 Init = Literal["mam", "houlsby", "bert"]
+# Options of a bottleneck that would do nothing in an AdapterFusion, which has none. Sizes, activation and init would do
+# nothing either, but presets set them.
+_NOT_FUSED = (
+    "bottleneck_size", "scaling", "dropout", "stochastic_depth", "layer_norm_before", "layer_norm_after", "gating",
+    "phm_dim",
+)  # fmt: skip
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _help(text: str) -> dict[str, str]:
@@ -60,11 +71,13 @@ class BottleneckConfig(PeftConfig):
         layer_norm_before: Whether a new LayerNorm stands before ``down``.
         layer_norm_after: Whether a new LayerNorm stands behind ``up``.
         gating: Whether ``delta`` is scaled by ``mean_over_positions(sigmoid(linear(u)))`` (UniPELT, arXiv:2110.07577).
+            The mean is over all positions: padding counts, and a causal model sees what comes later, so that it
+            generates something else with a cache than without. Not for generation.
         cross_attention: With ``houlsby``: whether cross-attention gets an adapter as well.
         phm_dim: n, to make both projections sums of n Kronecker products (Compacter, arXiv:2106.04647, equation 5).
         phm_rank: The rank of the factors of these products.
         fusion: Names of loaded adapters; this one then learns to mix them by attention (AdapterFusion,
-            arXiv:2005.00247, section 3.2) and has no bottleneck of its own.
+            arXiv:2005.00247, section 3.2) and has no bottleneck of its own: sizes, activation and init are theirs.
         layers: Which layers get an adapter, as a selector: ``"layers[4:]"`` drops it from the lower ones (AdapterDrop).
         modules_to_save: Modules outside the adapters that train and are saved with them, such as the classifier.
         record: Written on saving: the base tensors in the file (``thawed``), selectors of what was ``frozen`` and what
@@ -113,32 +126,68 @@ class BottleneckConfig(PeftConfig):
         default=None, metadata=_help("Written on saving: the state of the base model.")
     )
 
+    def __new__(cls, *args: Any, **options: Any) -> BottleneckConfig:
+        """Refuses unknown options. PEFT would leave them out with a warning when it reads a file (0.21.2).
+
+        Raises:
+            AdapterError: with the nearest names.
+        """
+        known = [option.name for option in fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise AdapterError(
+                f"BottleneckConfig has no option {unknown[0]!r}.{nearest(unknown[0], known)} Leave it out, or upgrade "
+                f"hf_freeze if a later version wrote it."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.target_modules: Any = None  # resolved on the model; PEFT's own machinery reads it
         self.is_read = False  # from a file, and not yet put into a model
         self.shapes: dict[str, list[int]] | None = None  # of the tensors in the file that it was read beside
-        for name, known in (("placement", get_args(Placement)), ("init", get_args(Init)), ("activation", ACT2FN)):
-            value = getattr(self, name)
-            if value not in known:
-                choice = f" Write one of {', '.join(known)}." if len(known) < 9 else ""
-                raise AdapterError(f"{name}={value!r} is unknown.{nearest(str(value), known)}{choice}")
+        self._check_words()
+        self._check_types()
         self._check_sizes()
         for name in ("dropout", "stochastic_depth"):
-            if not 0 <= getattr(self, name) < 1:
-                raise AdapterError(f"{name}={getattr(self, name)}: write a probability from 0 up to but without 1.")
-        if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
-            raise AdapterError(f"scaling={self.scaling!r}: write a number, 'learned' or 'channel'.")
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < 1):
+                raise AdapterError(f"{name}={value!r}: write a probability from 0 up to but without 1.")
+        if self.scaling not in ("learned", "channel") and not (_is_number(self.scaling) and self.scaling):
+            raise AdapterError(f"scaling={self.scaling!r}: write a number, 'learned' or 'channel'; not 0.")
         if self.fusion is not None and len(self.fusion) < 2:
             raise AdapterError(f"fusion={self.fusion}: name two loaded adapters or more.")
         parse(self.layers)
+        self._check_effects()
+
+    def _check_words(self) -> None:
+        for name, known in (("placement", get_args(Placement)), ("init", get_args(Init)), ("activation", ACT2FN)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                choice = f" Write one of {', '.join(known)}." if len(known) < 9 else ""
+                raise AdapterError(f"{name}={value!r} is unknown.{nearest(str(value), known)}{choice}")
+        if any(True for _ in ACT2FN[self.activation].parameters()):
+            raise AdapterError(
+                f"activation={self.activation!r} has weights of its own, which would neither train nor be saved. "
+                f"Choose one without, such as 'relu'."
+            )
+
+    def _check_types(self) -> None:
+        for name in ("fusion", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise AdapterError(f"{name}={value!r} is a string. Write a list: {name}=[{value!r}].")
+        for name in ("layer_norm_before", "layer_norm_after", "gating", "cross_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise AdapterError(f"{name}={getattr(self, name)!r}: write True or False.")
 
     def _check_sizes(self) -> None:
         for name in ("bottleneck_size", "phm_dim", "phm_rank"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise AdapterError(f"{name}={value}: an adapter needs a size of at least 1.")
+            if value is None and name != "phm_rank":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise AdapterError(f"{name}={value!r}: an adapter needs a size of at least 1, a whole number.")
         factors = self.reduction_factor
         if isinstance(factors, dict):
             if not factors:
@@ -146,8 +195,28 @@ class BottleneckConfig(PeftConfig):
             for selector in factors:
                 parse(selector)
         for factor in factors.values() if isinstance(factors, dict) else [factors]:
-            if not (math.isfinite(factor) and factor > 0):
-                raise AdapterError(f"reduction_factor={factor}: write a positive number, such as 16.")
+            if not (_is_number(factor) and factor > 0):
+                raise AdapterError(f"reduction_factor={factor!r}: write a positive number, such as 16.")
+
+    def _check_effects(self) -> None:
+        """Refuses options that would change nothing beside the others."""
+        if self.cross_attention and self.placement != "houlsby":
+            raise AdapterError(
+                f"cross_attention=True has no effect with placement={self.placement!r}. "
+                f"Use placement='houlsby', or leave it out."
+            )
+        if self.phm_rank != 1 and self.phm_dim is None:
+            raise AdapterError(
+                f"phm_rank={self.phm_rank} has no effect without phm_dim. Add phm_dim=4, or leave it out."
+            )
+        if self.fusion is None:
+            return
+        for option in fields(self):
+            if option.name in _NOT_FUSED and getattr(self, option.name) != option.default:
+                raise AdapterError(
+                    f"{option.name}={getattr(self, option.name)!r} has no effect with fusion: it belongs to the "
+                    f"adapters that are mixed. Leave it out."
+                )
 
     def look_into(self, folder: Path) -> None:
         """Notes the shapes of the tensors in the file beside the config: they are read after the model was changed.
@@ -199,6 +268,10 @@ class BottleneckConfig(PeftConfig):
         """Returns Compacter (Mahabadi et al. 2021): as Houlsby, of 4 rank-one Kronecker products, gelu, d / m = 32."""
         preset = {"placement": "houlsby", "activation": "gelu", "reduction_factor": 32, "phm_dim": 4}
         return cls(**{**preset, **options})
+
+
+# `inspect` would go by `__new__`, which takes anything.
+BottleneckConfig.__signature__ = inspect.signature(BottleneckConfig.__init__)
 
 
 def _reads_with_weights(read: Callable[..., Any]) -> Any:

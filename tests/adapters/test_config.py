@@ -1,6 +1,7 @@
 """The config: every field has an effect, wrong values are refused at once, and JSON gives the same config back."""
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 
@@ -211,12 +212,47 @@ def test_the_width_is_the_size_or_a_part_of_the_hidden_size(size):
         ({"dropout": 1.0}, r"dropout=1\.0: write a probability"),
         ({"stochastic_depth": -0.1}, r"stochastic_depth=-0\.1"),
         ({"scaling": "learnt"}, r"scaling='learnt': write a number, 'learned' or 'channel'"),
+        ({"scaling": 0}, r"scaling=0: write a number.*; not 0"),
+        ({"scaling": float("nan")}, r"scaling=nan: write a number"),
+        ({"scaling": True}, r"scaling=True: write a number"),
+        ({"activation": "prelu"}, r"'prelu' has weights of its own, which would neither train nor be saved"),
+        ({"bottleneck_size": 2.5}, r"bottleneck_size=2\.5: an adapter needs a size of at least 1, a whole number"),
+        ({"phm_rank": None}, r"phm_rank=None"),
+        ({"reduction_factor": "16"}, r"reduction_factor='16': write a positive number"),
+        ({"reduction_factor": True}, r"reduction_factor=True"),
+        ({"dropout": "x"}, r"dropout='x': write a probability"),
+        ({"dropout": float("nan")}, r"dropout=nan"),
+        ({"gating": "no"}, r"gating='no': write True or False"),
+        ({"placement": ["layer"]}, r"placement=\['layer'\] is unknown"),
+        ({"fusion": "ab"}, r"fusion='ab' is a string\. Write a list: fusion=\['ab'\]"),
+        ({"modules_to_save": "classifier"}, r"a string\. Write a list: modules_to_save=\['classifier'\]"),
+        ({"reduction_facto": 4}, r"no option 'reduction_facto'\. Did you mean 'reduction_factor'\?"),
         ({"fusion": ["one"]}, r"fusion=\['one'\]: name two loaded adapters or more"),
     ],
 )
 def test_wrong_values_are_refused_at_once(options, message):
     with pytest.raises(AdapterError, match=message):
         BottleneckConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cross_attention": True}, r"no effect with placement='layer'\. Use placement='houlsby'"),
+        ({"phm_rank": 2}, r"phm_rank=2 has no effect without phm_dim"),
+        ({"fusion": ["a", "b"], "gating": True}, "gating=True has no effect with fusion"),
+        ({"fusion": ["a", "b"], "scaling": 2.0}, r"scaling=2\.0 has no effect with fusion"),
+        ({"fusion": ["a", "b"], "dropout": 0.1}, r"dropout=0\.1 has no effect with fusion"),
+        ({"fusion": ["a", "b"], "phm_dim": 4}, "phm_dim=4 has no effect with fusion"),
+    ],
+)
+def test_options_without_an_effect_are_refused(options, message):
+    with pytest.raises(AdapterError, match=message):
+        BottleneckConfig(**options)
+
+
+def test_its_signature_names_the_options():
+    assert "reduction_factor" in inspect.signature(BottleneckConfig).parameters
 
 
 def test_a_selector_that_can_not_be_read_is_refused_at_once():
@@ -274,12 +310,13 @@ def test_a_config_comes_back_from_json(tmp_path):
     assert values["peft_type"] == "BOTTLENECK"
 
 
-def test_fields_of_a_later_version_are_left_out_with_a_warning(tmp_path):
+@pytest.mark.parametrize("read", [PeftConfig.from_pretrained, BottleneckConfig.from_pretrained])
+def test_a_file_with_unknown_fields_is_refused(read, tmp_path):
     FULL.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "of_tomorrow": 1}))
-    with pytest.warns(UserWarning, match="of_tomorrow"):
-        assert PeftConfig.from_pretrained(tmp_path) == FULL
+    with pytest.raises(AdapterError, match=r"no option 'of_tomorrow'.*upgrade hf_freeze"):
+        read(tmp_path)
 
 
 def test_every_field_says_what_it_is_for():

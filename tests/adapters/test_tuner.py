@@ -199,13 +199,11 @@ def test_a_config_with_a_wrong_value_is_refused(folder, load):
 
 
 @each_way
-def test_fields_of_a_later_version_are_left_out_with_a_warning(folder, load):
-    expected = logits(by_peft(TEXT.model(), folder), TEXT.inputs())
-    edit_config(folder, of_tomorrow=1)
+def test_a_config_with_unknown_fields_is_refused(folder, load):
+    edit_config(folder, placment="layer")
     model = TEXT.model()
-    with pytest.warns(UserWarning, match="of_tomorrow"):
+    with unchanged(model), pytest.raises(AdapterError, match=r"no option 'placment'\. Did you mean 'placement'\?"):
         load(model, folder)
-    assert torch.equal(logits(model.eval(), TEXT.inputs()), expected)
 
 
 @each_way
