@@ -70,12 +70,12 @@ def _is_surplus(name: str, names: Collection[str], config: Any) -> bool:
     )
 
 
-@torch.no_grad()
 def _add_placeholders(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> None:
     """Puts in front of the token ids as many of the special token for `kind` as the model has features for it."""
-    token = next((getattr(model.config, f"{kind}_token_{end}", None) for end in ("id", "index")), None)
+    tokens = [getattr(model.config, f"{kind}_token_{end}", None) for end in ("id", "index")]
+    token = next((token for token in tokens if isinstance(token, int)), None)
     extract = getattr(model, f"get_{kind}_features", None)
-    if extract is None or not isinstance(token, int) or "input_ids" not in inputs:
+    if extract is None or token is None or "input_ids" not in inputs:
         return
     wanted = inspect.signature(extract).parameters
     given = {name: tensor for name, tensor in inputs.items() if name in wanted and name != "input_ids"}
@@ -83,9 +83,15 @@ def _add_placeholders(model: nn.Module, kind: str, inputs: dict[str, Tensor]) ->
     if needed - given.keys():  # something that is not known here: text alone has to do
         for name in given:
             del inputs[name]
-        return
-    if not given:
-        return
+    elif given:
+        ids = inputs["input_ids"]
+        before = ids.new_full((len(ids), _count_features(model, extract, given) // len(ids)), token)
+        _put_in_front(before, kind, inspect.signature(model.forward).parameters, inputs)
+
+
+@torch.no_grad()
+def _count_features(model: nn.Module, extract: Callable[..., Any], given: dict[str, Tensor]) -> int:
+    """Returns how many vectors `extract`, a method of `model`, makes of all that is `given`."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -93,17 +99,18 @@ def _add_placeholders(model: nn.Module, kind: str, inputs: dict[str, Tensor]) ->
     finally:
         for module, mode in modes.items():
             module.training = mode
+    return sum(part[..., 0].numel() for part in _tensors(getattr(features, "pooler_output", features)))
+
+
+def _put_in_front(before: Tensor, kind: str, names: Collection[str], inputs: dict[str, Tensor]) -> None:
+    """Puts the tokens `before` in front of the token ids, and in the inputs that tell of each token what it is."""
     ids = inputs["input_ids"]
-    vectors = sum(part[..., 0].numel() for part in _tensors(getattr(features, "pooler_output", features)))
-    ids = inputs["input_ids"] = torch.cat([ids.new_full((len(ids), vectors // len(ids)), token), ids], dim=1)
+    inputs["input_ids"] = torch.cat([before, ids], dim=1)
     if "attention_mask" in inputs:
-        inputs["attention_mask"] = torch.ones_like(ids)
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        kinds = inputs.get("mm_token_type_ids", ids.new_zeros(len(ids), 0))
-        before = ids.new_full((len(ids), vectors // len(ids)), 1 + KINDS.index(kind))
-        inputs["mm_token_type_ids"] = nn.functional.pad(
-            torch.cat([before, kinds], dim=1), (0, ids.shape[1] - before.shape[1] - kinds.shape[1])
-        )
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in names:
+        kinds = inputs.get("mm_token_type_ids", torch.zeros_like(ids))
+        inputs["mm_token_type_ids"] = torch.cat([torch.full_like(before, 1 + KINDS.index(kind)), kinds], dim=1)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
