@@ -60,7 +60,7 @@ def select(model: nn.Module | LayerMap, selector: Selector) -> tuple[str, ...]:
         names |= _evaluate(layers, expression)
     if not names:
         raise SelectorError(f"{', '.join(expressions)!r} names no parameter. The model has: {layers.outline}.")
-    return tuple(name for name, _ in layers.model.named_parameters() if name in names)
+    return tuple(name for name in dict.fromkeys(layers.aliases.values()) if name in names)
 
 
 # What a term is read over: an escape, an index or a character class, brackets that open and close, and the two signs.

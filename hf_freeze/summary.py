@@ -7,7 +7,6 @@ What lives here: `Summary` and `trainable_summary`. What may not: freezing. How 
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from .freezing import kept_still
 from .layers import layer_map
+from .rendering import as_html, as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,22 +66,13 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100, color_system=None, force_jupyter=False)  # in a notebook it would show at once
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get().rstrip()
+        return as_text(self.__rich__())
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        from rich.console import Console
-
-        console = Console(record=True, width=100, file=io.StringIO(), force_jupyter=False)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return as_html(self.__rich__())
 
 
 def trainable_summary(model: nn.Module) -> Summary:
