@@ -91,13 +91,19 @@ def check_file(model: nn.Module, config: BottleneckConfig, sites: Mapping[str, S
         raise AdapterError(f"{_OTHER_MODEL} it is for {there}, where this model has {here}.")
     shapes = {name.replace(".original_module.", "."): tensor.shape for name, tensor in model.state_dict().items()}
     thawed = record.get("thawed", ())
+    if wrapped := sorted(shapes.keys() & set(thawed) - set(model.state_dict())):
+        raise AdapterError(
+            f"The adapter's file holds {wrapped[0]!r}, a part of the base, which another adapter has under "
+            f"modules_to_save here. Load it into a base of its own."
+        )
     for name in thawed:
         if name not in shapes:
             raise AdapterError(f"{_OTHER_MODEL} it holds {name!r}, which this model has not.")
     if config.shapes is None or not (config.shapes or config.inference_mode):
         return
     found = {name.removeprefix(_PEFT_PREFIX): torch.Size(shape) for name, shape in config.shapes.items()}
-    needed = _needed(config, sites)
+    # in the order in which PEFT comes to them: the first holds a Compacter's rule
+    needed = _needed(config, {name: sites[name] for name, _ in model.named_modules() if name in sites})
     check_names({*needed, *thawed}, [name for name in found if f".{CHILD}.{PREFIX}" in name or name in thawed])
     for name, shape in found.items():
         expected = needed.get(name, shapes.get(name, shape))

@@ -59,6 +59,7 @@ def average_adapters(
     configs = getattr(model, "peft_config", {})
     _check(model, configs, adapters, adapter_name)
     shares = _shares(adapters, weights)
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     config = copy.deepcopy(configs[adapters[0]])
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
@@ -66,6 +67,8 @@ def average_adapters(
         active = model.active_adapters()  # type: ignore[operator]
         model.add_adapter(config, adapter_name)  # type: ignore[operator]
         model.set_adapter(active)  # type: ignore[operator]
+    for parameter, requires_grad in required:
+        parameter.requires_grad_(requires_grad)  # transformers lets all train that it sets active
     with torch.no_grad():
         for parts in _parts(model, [adapter_name, *adapters]):
             _fill(parts[0], parts[1:], shares)

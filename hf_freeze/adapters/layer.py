@@ -64,6 +64,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.width = site.width
         self.convolutional = convolutional
         self.has_matrices = any(parameter.dim() == 2 for parameter in host.parameters())
+        self._channels_last = not convolutional and (self.has_matrices or isinstance(host, nn.LayerNorm | nn.RMSNorm))
         for container in (*self.adapter_layer_names, *self.other_param_names):
             holds_tensors = container in ("bottleneck_scale", "bottleneck_rule")
             setattr(self, container, nn.ParameterDict() if holds_tensors else nn.ModuleDict())
@@ -188,7 +189,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             return mix(source, torch.stack([self._delta(member, source) for member in fusion], dim=-2), parts)
         down, up = self.bottleneck_down[name], self.bottleneck_up[name]
         source = source.to(cast(torch.Tensor, up.bias).dtype)  # PEFT keeps adapters in fp32 on a bf16 base
-        rule = self._rule(name)
+        rule = self._rule(name, source.device)
         before = self.bottleneck_norm_before[name](source) if name in self.bottleneck_norm_before else source
         added = up(self.activations[name](down(before, *rule)), *rule)
         return self.bottleneck_dropout[name](self._scaled(name, added, source))
@@ -201,9 +202,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             added = added * gate(source, self.bottleneck_gate[name])
         return self.bottleneck_norm_after[name](added) if name in self.bottleneck_norm_after else added
 
-    def _rule(self, name: str) -> tuple[torch.Tensor, ...]:
-        owner = self._rule_owners.get(name)
-        return (owner[0].bottleneck_rule[name],) if owner else ()
+    def _rule(self, name: str, device: torch.device) -> tuple[torch.Tensor, ...]:
+        owner = self._rule_owners.get(name)  # of another layer, which a `device_map` may have put elsewhere
+        return (owner[0].bottleneck_rule[name].to(device),) if owner else ()
 
     def _mixed(
         self, hidden: torch.Tensor, stream: torch.Tensor | None, entered: torch.Tensor | None, rows: list[str]
@@ -222,7 +223,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         A map of features that is as high as it has channels has its channels second if convolutions made it; a
         sequence that is as long as it is wide only if nothing else did, since a Conformer has both.
         """
-        second = hidden.dim() > 2 and hidden.shape[1] == self.width
+        # where nothing puts channels second, the length is not looked at: `torch.export` may leave it open
+        second = not self._channels_last and hidden.dim() > 2 and hidden.shape[1] == self.width
         last = hidden.shape[-1] == self.width
         if not second and not last:
             raise AdapterError(
@@ -232,6 +234,17 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if second and last:
             return self.convolutional and (hidden.dim() > 3 or not self.has_matrices)
         return second
+
+    def reads_entry(self) -> bool:
+        """Tells whether an adapter that runs in this pass reads what enters the sub-layer."""
+        running = self.rows if self.rows is not None else cast(list[str], self.active_adapters)
+        return not self.disable_adapters and any(
+            name in self.sites and self.sites[name].reads == "entry" for name in running
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy gets: no tensor of a pass that broke off, as recomputed ones do; it may have a graph."""
+        return {**self.__dict__, "_entered": None}
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.sites)
@@ -264,14 +277,21 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return self._host[0]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Moves an adapter to the device and dtype of the host's own parameters; PEFT calls it after loading too."""
-        own = (p for n, p in self._host[0].named_parameters() if not n.startswith(CHILD + "."))
-        like = next((p for p in own if p.is_floating_point()), None)
-        if like is None or like.device.type == "meta":
+        """Moves an adapter to the device and dtype of the host's own tensors; PEFT calls it after loading too.
+
+        A host that is quantised may have no weight of a float dtype: the adapter then keeps its own.
+        """
+        host = self._host[0]
+        own = [t for n, t in (*host.named_parameters(), *host.named_buffers()) if not n.startswith(CHILD + ".")]
+        place = device or next((tensor.device for tensor in own), None)
+        dtype = next(
+            (tensor.dtype for tensor in own if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()), None
+        )
+        if place is None or place.type == "meta":
             return
         for container in (getattr(self, name) for name in self.adapter_layer_names):
             if adapter_name in container and not any(p.is_meta for p in _tensors(container[adapter_name])):
-                container[adapter_name] = _moved(container[adapter_name], device or like.device, like.dtype)
+                container[adapter_name] = _moved(container[adapter_name], place, dtype)
 
 
 def rows_by_name(rows: list[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -298,7 +318,7 @@ def _tensors(part: nn.Module | torch.Tensor) -> list[torch.Tensor]:
     return [part] if isinstance(part, torch.Tensor) else list(part.parameters())
 
 
-def _moved(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _moved(part: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     if isinstance(part, nn.Parameter):
         part.data = part.data.to(device, dtype)
         return part
@@ -369,7 +389,8 @@ def adapt_output(host: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
 
 def note_entry(holder: BottleneckLayer, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Forward pre-hook of a sub-layer's entry: keeps what goes in until the sub-layer's output comes."""
-    holder._entered = next(value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor))
+    if holder.reads_entry():
+        holder._entered = next(value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor))
 
 
 def _is_ours(hook: Any, holder: BottleneckLayer | None = None) -> bool:

@@ -54,7 +54,8 @@ def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
         SelectorError: a term of a selector names nothing, or an index lies outside the stack.
     """
     layers = layer_map(model)
-    blocks = {block_of(segment): _factor(layers, config, segment) for segment in target_layers(layers, config.layers)}
+    chosen = target_layers(layers, config.layers)
+    blocks = {block_of(layer): _factor(layers, config, layer) for layer in layers if layer in chosen}
     if config.placement == "layer":
         sites = [_site(model, config, block, block, factor) for block, factor in blocks.items()]
     else:

@@ -12,6 +12,7 @@ every base parameter that was ever unfrozen goes into the file too, and comes ba
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -91,11 +92,24 @@ class BottleneckModel(BaseTuner):
             self._sites = find_sites(self.model, peft_config)
         check_saved_modules(self.model, peft_config)
         check_file(self.model, peft_config, self._sites)
+        self._warn_of_replaced(peft_config)
         self._first = None
         # no list: PEFT 0.21.2 shortens one of 20 names or more to common endings (`_find_minimal_target_modules`)
         peft_config.target_modules = tuple(self._sites)
         note_statistics(self.model)
         return peft_config
+
+    def _warn_of_replaced(self, config: BottleneckConfig) -> None:
+        """Warns if the base changes under adapters that are there: the file of another one brings parts of it."""
+        thawed = (config.record or {}).get("thawed", ())
+        others = [name for name, known in self.peft_config.items() if known is not config]
+        if thawed and others:
+            warnings.warn(
+                f"The file brings {len(thawed)} tensors of the base that trained with its adapter, such as "
+                f"{thawed[0]!r}. Adapter {others[0]!r} will run on them too. Unless both were saved from one model, "
+                f"load each into a base of its own.",
+                stacklevel=2,
+            )
 
     @staticmethod
     def _check_target_module_exists(peft_config: BottleneckConfig, key: str) -> bool:
@@ -116,6 +130,13 @@ class BottleneckModel(BaseTuner):
         layer = attach(target, site, entry, holds_convolutions(target))
         if missing := [name for name in peft_config.fusion or () if name not in layer.sites]:
             raise AdapterError(f"fusion: adapter {missing[0]!r} has no part at {current_key!r}. Mix adapters alike.")
+        for name in peft_config.fusion or ():
+            theirs = layer.sites[name]
+            if (theirs.reads, theirs.entry) != (site.reads, site.entry):
+                raise AdapterError(
+                    f"fusion: adapter {name!r} reads something else at {current_key!r} than placement="
+                    f"{peft_config.placement!r} does. Mix adapters of one placement, and name it."
+                )
         self._first = self._first or (layer,)
         layer.add(adapter_name, peft_config, site, self._first[0])
         layer.train(self.model.training)  # not the host's mode: that may be kept in eval by `freeze`

@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hf_freeze import average_adapters
+from hf_freeze import average_adapters, freeze
 from hf_freeze.errors import AdapterError
-from tests.adapters.kinds import TEXT, config, each_kind, each_placement, logits, own_tensors, stir
+from tests.adapters.kinds import CAUSAL, TEXT, config, each_kind, each_placement, logits, own_tensors, stir
 
 
 def peft_pair(kind=TEXT, **options):
@@ -72,10 +72,13 @@ def test_all_the_weight_on_one_adapter_gives_that_adapter(kind):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("pair", [peft_pair, native_pair])
-def test_the_model_goes_on_as_before(pair):
+def test_the_model_goes_on_as_before(pair, frozen):
     model, inputs = pair(), TEXT.inputs()
     model.set_adapter("x")
+    if frozen:
+        freeze(model, "adapters")
     before = logits(model, inputs)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     average_adapters(model, ["x", "y"], "mean")
@@ -228,4 +231,12 @@ def test_a_fusion_of_what_is_not_there_is_refused():
         model.add_adapter("both", config(fusion=["x", "yy"]))
     with pytest.raises(AdapterError, match="has no part at"):
         model.add_adapter("both", config(fusion=["x", "y"], placement="houlsby"))
+    assert list(model.peft_config) == ["x", "y"]
+
+
+def test_a_fusion_of_adapters_that_read_something_else_is_refused():
+    """Houlsby's adapters read what the feed-forward puts out, parallel ones what goes into it."""
+    model = peft_pair(CAUSAL, placement="houlsby")
+    with pytest.raises(AdapterError, match=r"'x' reads something else at .* than placement='parallel' does"):
+        model.add_adapter("both", config(fusion=["x", "y"], placement="parallel"))
     assert list(model.peft_config) == ["x", "y"]

@@ -86,6 +86,28 @@ def test_a_parallel_adapter_reads_what_entered():
     assert layer._entered is None  # no tensor is kept after the pass
 
 
+@pytest.mark.parametrize("way", ["disabled", "inactive"])
+def test_nothing_is_kept_for_an_adapter_that_does_not_run(way):
+    first, last = linear(), linear()
+    layer = adapted(last, site(reads="entry", entry="first"), config(), entry=first)
+    if way == "disabled":
+        layer.enable_adapters(False)
+    else:
+        layer.set_adapter([])
+    first(torch.randn(2, WIDTH))
+    assert layer._entered is None
+
+
+def test_a_pass_that_breaks_off_can_be_copied():
+    """Recomputation stops early; what it leaves has a graph, which deepcopy refuses."""
+    first, last = linear(), linear()
+    model = nn.Sequential(first, last)
+    adapted(last, site(reads="entry", entry="0"), config(), entry=first)
+    first(torch.randn(2, WIDTH, requires_grad=True) * 2)
+    hidden = torch.randn(2, WIDTH)
+    assert torch.equal(copy.deepcopy(model)(hidden), model(hidden))
+
+
 def test_a_parallel_adapter_whose_entry_was_not_called_says_so():
     last = linear()
     adapted(last, site(reads="entry", entry="first"), config(), entry=linear())
@@ -118,6 +140,17 @@ def test_channels_may_come_second():
     layer = adapted(host, site(), config())
     last = plain.movedim(1, -1)
     assert torch.allclose(host(pixels), (last + delta(layer, last)).movedim(-1, 1), atol=1e-6)
+
+
+def test_the_length_of_a_sequence_may_be_left_open():
+    """A comparison of the length with the width would fix it."""
+    host = linear()
+    adapted(host, site(), config())
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(host, (torch.randn(2, 3, WIDTH),), dynamic_shapes=({1: length},))
+    for size in (WIDTH, 5):
+        hidden = torch.randn(2, size, WIDTH)
+        assert torch.allclose(program.module()(hidden), host(hidden), atol=1e-6)
 
 
 def test_an_output_of_another_width_is_refused():
@@ -206,6 +239,22 @@ def test_an_adapter_takes_the_dtype_of_its_host(dtype):
     layer = adapted(host, site(), config(gating=True, scaling="learned", layer_norm_after=True))
     assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
     assert host(torch.randn(2, 3, WIDTH, dtype=dtype)).dtype == dtype
+
+
+def test_an_adapter_goes_to_the_device_that_is_asked_for():
+    host = linear()
+    layer = adapted(host, site(), config())
+    host.weight, host.bias = (nn.Parameter(tensor.to("meta")) for tensor in (host.weight, host.bias))
+    layer.double()
+    layer._move_adapter_to_device_of_base_layer("a", device=torch.device("cpu"))  # the host's own would be no place
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+
+
+def test_an_adapter_of_a_quantised_host_keeps_its_own_dtype():
+    host = linear()
+    host.weight, host.bias = nn.Parameter(host.weight.to(torch.int8), requires_grad=False), None
+    layer = adapted(host, site(), config())
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
 
 
 def test_an_adapter_of_another_dtype_gives_the_dtype_of_its_host():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_freeze import Stage, StagedUnfreezing, freeze, unfreeze
+from hf_freeze.errors import AdapterError
 from hf_freeze.thawed import thawed_tensors
 from tests.adapters.kinds import TEXT, Kind, config, each_kind, each_placement, logits
 from tests.training import differing, make_trainer, rows, tiny_bert, weights
@@ -179,6 +180,32 @@ def test_statistics_that_were_kept_still_are_not_saved(tmp_path):
     fit(model, RESNET).save_pretrained(tmp_path)
     assert not any("running_mean" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     assert_same(load_peft(tmp_path, RESNET), model, RESNET)
+
+
+def with_first(native, **options):
+    """A model with an adapter called "first", by transformers' own method or by PEFT's."""
+    model = base()
+    if not native:
+        return get_peft_model(model, config(**options), "first")
+    model.add_adapter(config(**options), "first")
+    return model
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_base_tensors_that_come_under_another_adapter_are_told_of(native, tmp_path):
+    by_peft().save_pretrained(tmp_path)
+    model = with_first(native)
+    with pytest.warns(UserWarning, match=r"brings \d+ tensors of the base .* 'first' will run on them too.*own"):
+        model.load_adapter(tmp_path, adapter_name="second")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_base_tensor_has_no_place_where_another_adapter_has_a_copy(native, tmp_path):
+    by_peft(thaw="head").save_pretrained(tmp_path)
+    model = with_first(native, modules_to_save=["classifier"])
+    with pytest.raises(AdapterError, match=r"'classifier\.bias', a part of the base, .* under modules_to_save here"):
+        model.load_adapter(tmp_path, adapter_name="second")
+    assert list(model.peft_config) == ["first"]
 
 
 # The Trainer

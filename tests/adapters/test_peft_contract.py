@@ -396,6 +396,15 @@ def test_transformers_saves_and_loads(kind, tmp_path):
 # Compacter
 
 
+@pytest.mark.parametrize("kind", [TEXT, SEQ2SEQ], ids=["text", "seq2seq"])
+def test_a_compacter_of_layers_in_another_order_comes_back(kind, tmp_path):
+    stack = "" if kind is TEXT else "decoder."
+    order = f"{stack}layers[1], {stack}layers[0]" + ("" if kind is TEXT else ", encoder.layers")
+    model, inputs = one(kind, placement="houlsby", phm_dim=4, layers=order), kind.inputs()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(kind.model(), tmp_path), inputs), logits(model, inputs))
+
+
 def test_the_compacter_rule_is_one_parameter_for_all_layers(tmp_path):
     model, inputs = one(TEXT, placement="houlsby", phm_dim=4), TEXT.inputs()
     rules = [name for name in own_tensors(model) if "bottleneck_rule" in name]

@@ -77,6 +77,12 @@ def test_layers_are_chosen_in_the_order_of_the_selector(selector: str, names: li
     assert [segment.name for segment in chosen] == names
 
 
+def test_sites_are_in_depth_order() -> None:
+    sites = find_sites(tiny_model("bert"), BottleneckConfig(layers="layers[1], layers[0]"))
+
+    assert list(sites) == ["encoder.layer.0", "encoder.layer.1"]
+
+
 @pytest.mark.parametrize(
     ("selector", "error", "says"),
     [

@@ -287,7 +287,7 @@ def test_a_copy_shares_its_own_compacter_rule():
     model = copy.deepcopy(get_peft_model(TEXT.model(), config(placement="houlsby", phm_dim=4)))
     layers = [module for module in model.modules() if isinstance(module, BottleneckLayer)]
     (rule,) = (tensor for name, tensor in own_tensors(model).items() if "bottleneck_rule" in name)
-    assert all(layer._rule("default")[0] is rule for layer in layers)
+    assert all(layer._rule("default", rule.device)[0] is rule for layer in layers)
     stir(model)
     model(**TEXT.inputs(), **TEXT.labels()).loss.backward()
     assert rule.grad.any()
