@@ -5,15 +5,18 @@ What lives here: `StagedUnfreezing`. What may not: the logic of stages (`engine.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import has_length, unwrap_peft_model
 
 from .distributed import require_supported, requiring_grad, trainer_launch
 from .engine import StageEngine
@@ -21,6 +24,8 @@ from .schedules import UnfreezeSchedule
 from .stages import Stage
 from .summary import trainable_summary
 from .timetable import PlannedStage
+
+_LOSS = re.compile(r"Loss$|^cross_entropy$")  # CrossEntropyLoss, MSELoss: a loss that is not transformers' own
 
 
 class StagedUnfreezing(TrainerCallback):
@@ -59,6 +64,13 @@ class StagedUnfreezing(TrainerCallback):
         require_supported(trainer_launch(args, engine.model), engine.union, engine.union, engine.changes)
         engine.prepare()
         self.engine = engine
+        if state.is_world_process_zero and (factor := wrong_loss_factor(args, engine.model)) > 1:
+            warnings.warn(
+                f"The Trainer makes the gradients of {type(engine.model).__name__} {factor} times too large: the model "
+                f"averages its loss itself, and is taken for one that does not. Set model.accepts_loss_kwargs = False "
+                f"before you make the Trainer.",
+                stacklevel=2,
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,6 +135,24 @@ def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> s
         f"step {stage.step}: stage {index + 1} of {count}: {textwrap.shorten(changes, 100)}: "
         f"{summary.trainable:,} parameters train ({summary.share:.1%})" + (f", lr {span}" if span else "")
     )
+
+
+def wrong_loss_factor(args: TrainingArguments, model: nn.Module) -> int:
+    """Returns by how much the Trainer scales a model's gradients too high: 1 where it is right.
+
+    A model whose ``forward`` takes any keyword is taken to divide its loss by ``num_items_in_batch``, so that the
+    Trainer divides by neither micro-batches nor processes (transformers 5.23). BERT and hundreds more average their
+    loss on their own. What a ``compute_loss_func`` or label smoothing does can't be seen from here.
+    """
+    model = unwrap_peft_model(model)
+    forward = inspect.unwrap(type(model).forward)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    if not getattr(model, "accepts_loss_kwargs", takes_any):
+        return 1
+    names = {*forward.__code__.co_names, *forward.__code__.co_varnames}
+    if names & {"loss_function", "num_items_in_batch"} or not any(_LOSS.search(name) for name in names):
+        return 1
+    return args.gradient_accumulation_steps * (args.world_size if args.average_tokens_across_devices else 1)
 
 
 def _trainable(model: nn.Module) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
 from peft import get_peft_model
 from training import Watch, differing, losses, make_trainer, names_in, optimizer_state, tiny_bert, weights
-from transformers import TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
 from hf_freeze import BottleneckConfig, Stage, StagedUnfreezing, UnfreezeSchedule, freeze, select
+from hf_freeze.callbacks import wrong_loss_factor
 from hf_freeze.errors import ScheduleError
+from tests.tiny import tiny_model
 
 # The runs have 6 steps in 2 epochs: a stage by epoch, one by step, one by fraction of the run, at steps 0, 2, 3 and 5.
 STAGES = [
@@ -354,6 +357,68 @@ def test_each_stage_is_announced_in_one_line(tmp_path, capsys):
         "step 3: stage 3 of 4: + layers[0] - head: N, lr 0.01",
         "step 5: stage 4 of 4: + embeddings, head: N, lr 0.0066 to 0.01",
     ]
+
+
+def first_gradient(folder, accepts_loss_kwargs=None, **options) -> torch.Tensor:
+    """The gradient of the first step, whose weight decay and rate are known."""
+    model = tiny_bert()
+    del model.accepts_loss_kwargs
+    if accepts_loss_kwargs is not None:
+        model.accepts_loss_kwargs = accepts_loss_kwargs
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    watch = Watch()
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0, **options}
+    make_trainer(folder, staged(EVERYTHING), watch, model=model, steps=1, **options).train()
+    return watch.weights[0]["classifier.weight"] - watch.weights[1]["classifier.weight"]
+
+
+def test_a_loss_that_the_trainer_scales_wrongly_is_told_with_its_factor_and_the_mend_mends_it(tmp_path):
+    with pytest.warns(UserWarning, match=r"BertForSequenceClassification 2 times too large.*accepts_loss_kwargs = Fal"):
+        wrong = first_gradient(tmp_path, gradient_accumulation_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        mended = first_gradient(tmp_path, accepts_loss_kwargs=False, gradient_accumulation_steps=2)
+    torch.testing.assert_close(wrong, 2 * mended)
+
+
+def factor(model, tmp_path, monkeypatch=None, processes=1, **options):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, **options)
+    if processes > 1:
+        # read from the launched processes otherwise
+        monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: processes))
+    return wrong_loss_factor(args, model)
+
+
+def test_the_factor_counts_micro_batches_and_the_processes_over_which_tokens_are_averaged(tmp_path, monkeypatch):
+    model = tiny_bert()
+    del model.accepts_loss_kwargs
+    assert factor(model, tmp_path) == 1
+    assert factor(model, tmp_path, gradient_accumulation_steps=4) == 4
+    adapted = get_peft_model(tiny_bert(), BottleneckConfig(bottleneck_size=2))
+    assert factor(adapted, tmp_path, gradient_accumulation_steps=4) == 1
+    del adapted.get_base_model().accepts_loss_kwargs
+    assert factor(adapted, tmp_path, gradient_accumulation_steps=4) == 4
+    assert factor(model, tmp_path, monkeypatch, processes=2, gradient_accumulation_steps=4) == 8
+    options = {"gradient_accumulation_steps": 4, "average_tokens_across_devices": False}
+    assert factor(model, tmp_path, monkeypatch, processes=2, **options) == 4
+
+
+class Delegates(torch.nn.Module):
+    """Takes any keyword, and leaves the loss to the model that it holds."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("make", [lambda: Delegates(tiny_bert()), lambda: tiny_model("llama", AutoModelForCausalLM)])
+def test_a_loss_that_is_scaled_rightly_or_that_can_not_be_told_is_not_warned_of(tmp_path, make):
+    assert factor(make(), tmp_path, gradient_accumulation_steps=4) == 1
 
 
 # Refusals

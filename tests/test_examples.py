@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +58,25 @@ def test_trainer_staged_takes_data_and_a_schedule_of_ones_own(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "stage 2 of 2: + pooler" in shown
     assert re.search(r"test accuracy \d\.\d{3}", shown)
+
+
+@pytest.mark.slow
+def test_accelerate_loop_trains_its_stages_on_two_processes(tmp_path):
+    script = ROOT / "examples" / "accelerate_loop.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*launch, *SMALL, "--batch-size", "4", "--output", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+
+    assert done.returncode == 0, done.stderr
+    trainable = [int(count) for count in re.findall(r"step \d: (\d+) tensors train", done.stdout)]
+    assert len(trainable) == 2 and trainable == sorted(trainable)  # 40 texts, 8 a step: at steps 2 and 3 of 5
+    assert len(re.findall(r"test accuracy \d\.\d{3}", done.stdout)) == 1
+    assert (tmp_path / "model.safetensors").is_file()
+    assert sorted(path.name for path in (tmp_path / "state").glob("random_states_*")) == [
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    ]
 
 
 @pytest.mark.slow
