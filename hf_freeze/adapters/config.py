@@ -72,7 +72,8 @@ class BottleneckConfig(PeftConfig):
         layer_norm_after: Whether a new LayerNorm stands behind ``up``.
         gating: Whether ``delta`` is scaled by ``mean_over_positions(sigmoid(linear(u)))`` (UniPELT, arXiv:2110.07577).
             The mean is over all positions: padding counts, and a causal model sees what comes later, so that it
-            generates something else with a cache than without. Not for generation.
+            generates something else with a cache than without. Not for generation. Like `stochastic_depth`, it is
+            refused where a model does not keep samples apart; a window of Swin's attention counts as a sample.
         cross_attention: With ``houlsby``: whether cross-attention gets an adapter as well.
         phm_dim: n, to make both projections sums of n Kronecker products (Compacter, arXiv:2106.04647, equation 5).
         phm_rank: The rank of the factors of these products.

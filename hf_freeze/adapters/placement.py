@@ -9,6 +9,7 @@ anything. How data passes through:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ from ..errors import AdapterError
 from ..layers import LayerMap, Segment, is_norm, layer_map
 from ..selectors import parse
 from .config import BottleneckConfig
-from .sublayers import Pass, SubLayers, find_sublayers, watch
+from .sublayers import Pass, SubLayers, batch_shapes, find_sublayers, watch
 
 Reads = Literal["output", "norm", "entry"]
 
@@ -50,7 +51,8 @@ def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
 
     Raises:
         AdapterError: the model has no layers, the selector names something that is no layer, a reduction factor is
-            missing, or a layer has no sub-layer of the kind that the placement needs.
+            missing, a layer has no sub-layer of the kind that the placement needs, or samples can't be told apart there
+            and the config asks for it.
         SelectorError: a term of a selector names nothing, or an index lies outside the stack.
     """
     layers = layer_map(model)
@@ -66,7 +68,33 @@ def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
             for block, factor in blocks.items()
             for module, reads, entry in _modules(config, block, parts[block], seen)
         ]
-    return {site.module: site for site in sites}
+    found = {site.module: site for site in sites}
+    if config.gating or config.stochastic_depth:
+        check_samples(model, found)
+    return found
+
+
+def check_samples(model: nn.Module, modules: Collection[str], flat: bool = False) -> None:
+    """Refuses modules whose outputs can't be told apart by sample: gates, dropped samples and mixed batches need it.
+
+    The samples have to be the first dimension, as they are not in XLNet, (positions, batch, d), and apart from their
+    positions, as they are not in OPT's feed-forward, (batch * positions, d). Nothing is refused where no inputs of the
+    model are known to try with.
+
+    Args:
+        model: The model.
+        modules: The names of the modules.
+        flat: Whether positions may lie in the first dimension too, those of each sample in a row.
+
+    Raises:
+        AdapterError: with a module's name.
+    """
+    for name, (two, three) in batch_shapes(model, modules).items():
+        if two[0] * 3 != three[0] * 2 or (len(two) == 2 and two[0] != 2 and not flat):
+            raise AdapterError(
+                f"{name!r} puts out {tuple(two)} for a batch of 2, in which samples can't be told apart, as gating, "
+                f"stochastic_depth and adapter_names have to. Do without them, or use another placement."
+            )
 
 
 def target_layers(layers: LayerMap, selector: str) -> list[Segment]:

@@ -8,7 +8,7 @@ BART and mBART have the same modules with the same names, and call them in anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,6 +166,38 @@ def watch(model: nn.Module, parts: Mapping[str, SubLayers]) -> Pass:
             f"Use placement='layer'."
         ) from error
     return seen
+
+
+def batch_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, list[torch.Size]]:
+    """Returns by module the shapes of what it puts out for a batch of 2 and for one of 3, without its adapters.
+
+    Returns:
+        The modules that put out a tensor in both; none if the model can't be run on inputs that are known.
+    """
+    shapes: dict[str, list[torch.Size]] = {}
+    for batch in (2, 3):
+        with torch.random.fork_rng(), torch.no_grad(), _as_base(model):
+            noted: dict[str, torch.Size] = {}
+            handles = [model.get_submodule(name).register_forward_hook(_note_shape(name, noted)) for name in modules]
+            try:
+                model(**example_inputs(model, batch))
+            except Exception:  # whatever a model raises: nothing is known then
+                return {}
+            finally:
+                for handle in handles:
+                    handle.remove()
+        for name, shape in noted.items():
+            shapes.setdefault(name, []).append(shape)
+    return {name: both for name, both in shapes.items() if len(both) == 2}
+
+
+def _note_shape(name: str, noted: dict[str, torch.Size]) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(hidden, torch.Tensor):
+            noted[name] = hidden.shape
+
+    return hook
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -31,7 +31,7 @@ from .config import BottleneckConfig
 from .files import check_file, check_name, check_names, check_saved_modules
 from .layer import BASE, CHILD, NO_MERGE, BottleneckLayer, attach, detach, rows_by_name, taken_out
 from .peft_method import PREFIX, register
-from .placement import Site, find_sites, holds_convolutions
+from .placement import Site, check_samples, find_sites, holds_convolutions
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -43,6 +43,7 @@ class BottleneckModel(BaseTuner):
     tuner_layer_cls = BottleneckLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     _sites: dict[str, Site]
+    _tried: frozenset[str] = frozenset()  # the modules that are known to put out samples that can be told apart
     _first: tuple[BottleneckLayer] | None  # the first to get the adapter that is being put in; no child of this module
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -153,6 +154,7 @@ class BottleneckModel(BaseTuner):
         if unknown := [row for row in rows if row != BASE and row not in self.peft_config]:
             raise AdapterError(f"adapter_names: {unknown[0]!r} is not loaded.{nearest(unknown[0], self.peft_config)}")
         layers = [module for module in self.model.modules() if isinstance(module, BottleneckLayer)]
+        self._check_rows(rows)
         wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
         check = partial(_check_batch, list(rows), _copies(self.model, kwargs))
         handles = [
@@ -168,6 +170,17 @@ class BottleneckModel(BaseTuner):
                 layer.rows = None
             for handle in handles:
                 handle.remove()
+
+    def _check_rows(self, rows: Collection[str]) -> None:
+        """Refuses a mixed batch where samples can't be told apart; tries it once for each place."""
+        hosts = {
+            name.removesuffix(f".{CHILD}")
+            for name, module in self.model.named_modules()
+            if isinstance(module, BottleneckLayer) and not module.sites.keys().isdisjoint(rows)
+        }
+        if new := hosts - self._tried:
+            check_samples(self.model, new, flat=True)
+            self._tried = self._tried | new
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter.

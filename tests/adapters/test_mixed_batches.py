@@ -1,5 +1,7 @@
 """A batch in which each row has an adapter of its own gives each row what that adapter alone would give it."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -75,3 +77,20 @@ def test_a_mixed_batch_needs_eval_mode_known_names_and_one_a_row():
     with pytest.raises(AdapterError, match=r"eval mode alone\. Call model\.eval\(\)"):
         model.train()(**inputs, adapter_names=["x", "y"])
     assert torch.equal(logits(model.eval(), inputs), alone(TEXT, 1))
+
+
+def test_a_mixed_batch_is_refused_where_rows_are_not_the_first_dimension():
+    """XLNet's hidden states are (positions, batch, d); with as many positions as rows, the wrong ones would change."""
+    kind = dataclasses.replace(TEXT, model_type="xlnet")
+    model, inputs = two(kind), kind.inputs()
+    with pytest.raises(AdapterError, match="samples can't be told apart"):
+        model(input_ids=inputs["input_ids"][:, :2], adapter_names=["x", "y"])
+
+
+def test_a_mixed_batch_whose_positions_are_flattened():
+    """OPT's feed-forward gets (batch * positions, d), those of each row together."""
+    kind = dataclasses.replace(CAUSAL, model_type="opt")
+    model = two(kind, placement="parallel")
+    mixed, rows = mixed_and_alone(model, kind.inputs(), lambda batch, **more: logits(model, batch, **more))
+    assert torch.allclose(mixed, rows, atol=1e-6)
+    assert not torch.allclose(rows[0], rows[2], atol=1e-2)

@@ -83,6 +83,26 @@ def test_sites_are_in_depth_order() -> None:
     assert list(sites) == ["encoder.layer.0", "encoder.layer.1"]
 
 
+@pytest.mark.parametrize("option", [{"gating": True}, {"stochastic_depth": 0.1}], ids=["gating", "depth"])
+@pytest.mark.parametrize(("model_type", "placement"), [("xlnet", "layer"), ("opt", "parallel")])
+def test_what_goes_by_sample_is_refused_where_samples_are_not_apart(
+    option: dict, model_type: str, placement: str
+) -> None:
+    """XLNet's hidden states are (positions, batch, d); OPT's feed-forward gets (batch * positions, d)."""
+    model = tiny_model(model_type)
+    assert find_sites(model, BottleneckConfig(placement=placement))
+
+    with pytest.raises(
+        AdapterError, match=r"for a batch of 2, in which samples can't be told apart.*another placement"
+    ):
+        find_sites(model, BottleneckConfig(placement=placement, **option))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "vit", "swin", "resnet", "opt"])
+def test_what_goes_by_sample_is_taken_where_the_batch_comes_first(model_type: str) -> None:
+    assert find_sites(tiny_model(model_type), BottleneckConfig(gating=True))
+
+
 @pytest.mark.parametrize(
     ("selector", "error", "says"),
     [
