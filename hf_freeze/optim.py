@@ -213,7 +213,7 @@ def parameter_groups(
     """Returns groups of what trains, with layer-wise rates, for an optimizer of one's own.
 
     The rate is `lr` behind the layers and falls by `layer_decay` with each layer further down (LLRD; Howard & Ruder
-    2018, section 3.1, divide by 2.6). What does not decay is what transformers' Trainer exempts: biases, normalisation.
+    2018, section 3.2, divide by 2.6). What does not decay is what transformers' Trainer exempts: biases, normalisation.
 
     Args:
         model: Any model that has a `layer_map`.

@@ -141,6 +141,7 @@ def loop(folder: Path) -> dict[str, Any]:
     happened = {"weights": whole.train()}
     happened["stopped"] = stopped.train(until=3)
     stopped.accelerator.save_state(str(folder / "loop"))
+    stopped.accelerator.wait_for_everyone()  # the first process writes what all read
     resumed.accelerator.load_state(str(folder / "loop"))
     return {**happened, "resumed": resumed.train(), "stage": resumed.engine.current}
 
