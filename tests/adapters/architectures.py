@@ -21,7 +21,7 @@ from tests.tiny import forward_loss, output_tensors, tiny_inputs
 
 # What fails with an adapter behind each layer, and why.
 FAILING = {
-    "reformer": "recomputes its layers backwards, which adapters behind them would spoil: refused when it runs",
+    "reformer": "runs its layers backwards to save memory; adapters spoil that, and frozen embeddings stop it",
     "rwkv": "frozen, so in eval mode, it writes its state in place, into what gradients need: pass use_cache=False",
     "squeezebert": "its encoder calls forward() of each layer, past all hooks: the adapters do nothing",
     "unlimited_ocr": "transformers' load_adapter renames language_model.layers twice; PeftModel loads it",
