@@ -21,7 +21,7 @@ from .layer import CHILD, BottleneckLayer
 from .peft_method import PREFIX
 from .placement import Site
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."  # of the names in a `PeftModel`, and so in files
 _OWN_PARTS = {
     *("model", "base_model"),  # parts of every name in a `PeftModel`
     *("weight", "bias", "left", "right", CHILD, *BottleneckLayer.adapter_layer_names),
@@ -101,7 +101,7 @@ def check_file(model: nn.Module, config: BottleneckConfig, sites: Mapping[str, S
             raise AdapterError(f"{_OTHER_MODEL} it holds {name!r}, which this model has not.")
     if config.shapes is None or not (config.shapes or config.inference_mode):
         return
-    found = {name.removeprefix(_PEFT_PREFIX): torch.Size(shape) for name, shape in config.shapes.items()}
+    found = {name.removeprefix(PEFT_PREFIX): torch.Size(shape) for name, shape in config.shapes.items()}
     # in the order in which PEFT comes to them: the first holds a Compacter's rule
     needed = _needed(config, {name: sites[name] for name, _ in model.named_modules() if name in sites})
     check_names({*needed, *thawed}, [name for name in found if f".{CHILD}.{PREFIX}" in name or name in thawed])

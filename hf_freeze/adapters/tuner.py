@@ -28,12 +28,10 @@ from ..errors import AdapterError, nearest
 from ..state import frozen_parts, trainable_parts
 from ..thawed import mark_thawed, note_statistics, retie, thawed_tensors, tied_names
 from .config import BottleneckConfig
-from .files import check_file, check_name, check_names, check_saved_modules
+from .files import PEFT_PREFIX, check_file, check_name, check_names, check_saved_modules
 from .layer import BASE, CHILD, NO_MERGE, BottleneckLayer, attach, detach, rows_by_name, taken_out
 from .peft_method import PREFIX, register
 from .placement import Site, check_samples, find_sites, holds_convolutions
-
-_PEFT_PREFIX = "base_model.model."
 
 
 class BottleneckModel(BaseTuner):
@@ -244,9 +242,9 @@ def _record(model: nn.Module, thawed: Iterable[str]) -> dict[str, Any]:
     """Returns what has to be known of the base model, besides its weights, to put it back as it was."""
     base_config: Any = getattr(model, "config", None)
     return {
-        "thawed": sorted(name.removeprefix(_PEFT_PREFIX) for name in thawed),
-        "frozen": [name.removeprefix(_PEFT_PREFIX) for name in frozen_parts(model)],
-        "trainable": [name.removeprefix(_PEFT_PREFIX) for name in trainable_parts(model)],
+        "thawed": sorted(name.removeprefix(PEFT_PREFIX) for name in thawed),
+        "frozen": [name.removeprefix(PEFT_PREFIX) for name in frozen_parts(model)],
+        "trainable": [name.removeprefix(PEFT_PREFIX) for name in trainable_parts(model)],
         "config": json.loads(base_config.to_json_string()) if hasattr(base_config, "to_json_string") else None,
     }
 
@@ -255,7 +253,7 @@ def _widths(model: nn.Module, adapter_name: str) -> dict[str, int]:
     """Returns the modules that have the adapter, each with the width of its hidden states."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BottleneckLayer)}
     return {
-        name.removeprefix(_PEFT_PREFIX).removesuffix(f".{CHILD}"): layer.width
+        name.removeprefix(PEFT_PREFIX).removesuffix(f".{CHILD}"): layer.width
         for name, layer in layers.items()
         if adapter_name in layer.sites
     }
