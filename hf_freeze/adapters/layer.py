@@ -64,7 +64,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.width = site.width
         self.convolutional = convolutional
         self.has_matrices = any(parameter.dim() == 2 for parameter in host.parameters())
-        self._channels_last = not convolutional and (self.has_matrices or isinstance(host, nn.LayerNorm | nn.RMSNorm))
         for container in (*self.adapter_layer_names, *self.other_param_names):
             holds_tensors = container in ("bottleneck_scale", "bottleneck_rule")
             setattr(self, container, nn.ParameterDict() if holds_tensors else nn.ModuleDict())
@@ -223,9 +222,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         A map of features that is as high as it has channels has its channels second if convolutions made it; a
         sequence that is as long as it is wide only if nothing else did, since a Conformer has both.
         """
-        # where nothing puts channels second, the length is not looked at: `torch.export` may leave it open
-        second = not self._channels_last and hidden.dim() > 2 and hidden.shape[1] == self.width
         last = hidden.shape[-1] == self.width
+        if last and self._channels_last:  # the length is not looked at: `torch.export` may leave it open
+            return False
+        second = hidden.dim() > 2 and hidden.shape[1] == self.width
         if not second and not last:
             raise AdapterError(
                 f"An adapter of width {self.width} got hidden states of shape {tuple(hidden.shape)}. "
