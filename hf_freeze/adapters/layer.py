@@ -223,7 +223,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         sequence that is as long as it is wide only if nothing else did, since a Conformer has both.
         """
         last = hidden.shape[-1] == self.width
-        if last and self._channels_last:  # the length is not looked at: `torch.export` may leave it open
+        if last and not self.convolutional:  # before the length is looked at: `torch.export` may leave it open
             return False
         second = hidden.dim() > 2 and hidden.shape[1] == self.width
         if not second and not last:
@@ -232,7 +232,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
                 f"Leave this layer out with `layers=`."
             )
         if second and last:
-            return self.convolutional and (hidden.dim() > 3 or not self.has_matrices)
+            return hidden.dim() > 3 or not self.has_matrices
         return second
 
     def reads_entry(self) -> bool:
