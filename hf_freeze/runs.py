@@ -52,7 +52,7 @@ class FineTuning:
         seed: Seed of the head's initialisation, of dropout and of shuffling.
 
     Raises:
-        FreezeError: a number that is not positive, or adapters together with a schedule.
+        FreezeError: a number that is not positive, or adapters together with a preset.
     """
 
     name: str = "fine-tuning"
@@ -69,10 +69,10 @@ class FineTuning:
         for quantity in ("lr", "epochs", "batch_size", "max_length"):
             if not 0 < getattr(self, quantity) < float("inf"):
                 raise FreezeError(f"{quantity} is {getattr(self, quantity)}: write a positive number.")
-        if self.adapter and self.unfreeze:
+        if self.adapter and self.unfreeze and (self.unfreeze == "gradual" or self.unfreeze.preset):
             raise AdapterError(
-                "Adapters and staged unfreezing together: only the adapters would be saved, and what the stages "
-                "trained in the base lost. Choose one of the two."
+                "A preset stages what trains, and with adapters that is the adapters and the head alone. Write the "
+                "stages in a YAML file: 'adapters, head' first, layers of the base later."
             )
 
 
@@ -338,5 +338,7 @@ def _steps(spec: FineTuning, texts: int) -> int:
 
 
 def _logits(trainer: Trainer, rows: list[dict[str, Any]]) -> np.ndarray:
+    for parameter in trainer.model.parameters():  # a file is mapped to any address, and kernels round by alignment
+        parameter.data = parameter.data.clone()
     outputs = trainer.predict(rows).predictions
     return outputs[0] if isinstance(outputs, tuple) else outputs

@@ -188,7 +188,7 @@ STAGES = {
         (r"layers\[9\]", ["--freeze", "layers[9]"]),
         ("'all' leaves nothing to train. Leave the head out", ["--freeze", "all"]),
         ("bottleneck_size=0: an adapter needs a size of at least 1", ["--adapter", "0"]),
-        ("Adapters and staged unfreezing together.*Choose one", ["--adapter", "4", "--unfreeze", "gradual"]),
+        ("A preset stages what trains.*stages in a YAML file", ["--adapter", "4", "--unfreeze", "gradual"]),
         ("names 'classifier.*of the head.*freeze 'base'", ["--adapter", "4", "--freeze", "all"]),
         ("'gradul' is no preset and no file. Did you mean 'gradual'", ["--unfreeze", "gradul"]),
         ("gradual has 5 stages for this model, and the run 2 steps", ["--unfreeze", "gradual", "--epochs", "1"]),

@@ -188,8 +188,8 @@ ADAPTING = [
     ),
     (
         lambda m: FineTuning(adapter=BottleneckConfig(), unfreeze=UnfreezeSchedule.gradual()),
-        "Adapters and staged unfreezing together",
-        "Choose one",
+        "A preset stages what trains",
+        "stages in a YAML file",
     ),
     (lambda m: FineTuning(lr=0.0), "lr is 0.0", "positive number"),
 ]

@@ -36,6 +36,10 @@ SPECS = {
     "gradual": FineTuning(unfreeze="gradual", freeze="embeddings"),
     "adapter": FineTuning(adapter=BottleneckConfig(bottleneck_size=4)),
     "adapter, base kept still": FineTuning(adapter=BottleneckConfig(bottleneck_size=4), freeze="base"),
+    "adapter, then a layer of the base": FineTuning(
+        adapter=BottleneckConfig(bottleneck_size=4),
+        unfreeze=UnfreezeSchedule([Stage(0, "adapters, head"), Stage("50%", "layers[-1]", lr=1e-2)]),
+    ),
 }
 
 
@@ -199,9 +203,10 @@ def test_refuses_numbers_that_are_not_positive(quantity, value):
         FineTuning(**{quantity: value})
 
 
-def test_refuses_adapters_with_stages():
-    with pytest.raises(AdapterError, match="Choose one of the two"):
-        FineTuning(adapter=BottleneckConfig(), unfreeze="gradual")
+@pytest.mark.parametrize("preset", ["gradual", UnfreezeSchedule.lp_ft()])
+def test_refuses_adapters_with_a_preset(preset):
+    with pytest.raises(AdapterError, match="stages in a YAML file"):
+        FineTuning(adapter=BottleneckConfig(), unfreeze=preset)
 
 
 def test_adapters_train_with_head_and_pooler_and_without_what_is_frozen(model, corpus):
