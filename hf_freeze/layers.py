@@ -135,8 +135,15 @@ class LayerMap:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The words that name segments here: the segments' own names, their kinds, ``layers``, ``base`` and ``all``."""
-        kinds = (kind for kind in KINDS if kind != "layer")  # a layer is named by its stack and index
-        return tuple(dict.fromkeys([*(s.name for s in self.segments), *kinds, "layers", "base", "all"]))
+        kinds = [segment.kind for segment in self.segments if segment.kind != "layer"]  # that is named by its index
+        words = [
+            *(segment.name for segment in self.segments),
+            *kinds,
+            *(["layers"] if self.stacks else []),
+            "base",
+            "all",
+        ]
+        return tuple(dict.fromkeys(words))
 
     @cached_property
     def owners(self) -> Mapping[str, Segment]:

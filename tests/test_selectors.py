@@ -341,3 +341,12 @@ def test_a_regular_expression_may_hold_commas_and_minuses():
 def test_what_cannot_be_selected_is_an_error_that_names_the_mend(selector, message):
     with pytest.raises(SelectorError, match=message):
         on_bert(selector)
+
+
+def test_what_the_model_has_not_is_not_offered():
+    model = tiny_model("bert")  # a base model, without a head
+
+    with pytest.raises(SelectorError) as caught:
+        select(model, "head")
+
+    assert "Did you mean" not in str(caught.value)
