@@ -25,7 +25,7 @@ test: $(STAMP) ## Runs all that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 style: $(STAMP) ## Formats, and mends what can be mended
 	$(BIN)/ruff check --fix .
