@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import AdapterError, nearest
 from ..layers import adapter_containers
+from ..thawed import COPIES
 from .config import BottleneckConfig
 from .layer import CHILD, BottleneckLayer
 from .peft_method import PREFIX
@@ -26,7 +27,6 @@ _OWN_PARTS = {
     *("model", "base_model"),  # parts of every name in a `PeftModel`
     *("weight", "bias", "left", "right", CHILD, *BottleneckLayer.adapter_layer_names),
 }
-_SAVED = ("modules_to_save", "original_module")
 _PEFT_HEADS = ("classifier", "score", "qa_outputs")  # PEFT adds them by task_type, whether the model has them or not
 _OTHER_MODEL = "The adapter was saved from another model or config:"
 
@@ -45,7 +45,7 @@ def check_name(model: nn.Module, name: str) -> None:
     if (
         name.startswith(PREFIX)
         or name in _OWN_PARTS
-        or name in _SAVED
+        or name in COPIES
         or hasattr(nn.ModuleDict(), name)
         or hasattr(nn.ParameterDict(), name)
     ):
@@ -56,7 +56,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def _parts(model: nn.Module) -> set[str]:
     """Returns the names of a model's modules and parameters, one level each, adapters aside."""
-    own = adapter_containers(model) or (_SAVED if set(_SAVED) <= set(model._modules) else ())
+    own = adapter_containers(model) or (COPIES if set(COPIES) <= set(model._modules) else ())
     parts = {*model._parameters, *model._buffers}
     for name, child in model.named_children():
         if name not in own:
