@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .errors import ScheduleError
 from .layers import layer_map
+from .sharding import drop_padding, is_sharded, padded
 from .timetable import depth_from_top
 
 Factor = Callable[[int], float]
@@ -55,6 +56,7 @@ def regroup(
         ScheduleError: the scheduler is no `LambdaLR` (ReduceLROnPlateau has no lambdas to scale).
     """
     require_lambdas(scheduler)
+    drop_padding(optimizer)  # a checkpoint has been loaded
     groups: list[Group] = []
     lambdas: list[Factor] = []
     bases: list[float | torch.Tensor] = []
@@ -127,6 +129,8 @@ class Regrouping:
         rates = _rates_now(self.scheduler, self._lambdas, self._bases)
         merged = self._merged(state["param_groups"])
         state["param_groups"] = [{**group, "lr": rate} for group, rate in zip(merged, rates, strict=True)]
+        if is_sharded(self.optimizer):
+            state["state"] = padded(self.optimizer, state["state"])
 
     def _split_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Pre-hook of ``optimizer.load_state_dict()``: splits what is loaded as the optimizer is split."""
