@@ -5,19 +5,22 @@ through:
 
     what trains of a model, segment by segment -> selectors in the method's order -> tuple of Stage
 
-What `freeze` has frozen before the run stays frozen under every preset: only what trains is staged.
+What `freeze` has frozen before the run stays frozen under every preset: only what trains is staged. What a run that was
+interrupted has held back counts as training.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
 from .errors import ScheduleError
+from .holding import held_back
 from .layers import LayerMap, Segment
-from .stages import Rate, Sample, Stage, is_count, is_positive
+from .stages import Rate, Sample, Stage, Start, is_count, is_positive
 from .terms import less, term
 
 
@@ -42,6 +45,13 @@ class _Parts:
 
 def _parts(layers: LayerMap, preset: str) -> _Parts:
     trains = {name for name, parameter in layers.model.named_parameters() if parameter.requires_grad}
+    if held := held_back(layers.model):
+        warnings.warn(
+            f"{preset}: the model stands in the middle of a run that did not end. What its schedule held back, such as "
+            f"{min(held)!r}, counts as training. To leave it frozen, write stages instead (schedule.to_yaml(model)).",
+            stacklevel=2,
+        )
+        trains |= held
     if not trains:
         raise ScheduleError(f"{preset}: nothing is left to unfreeze, all is frozen. Leave some layers unfrozen first.")
     live: dict[Segment, str] = {segment: own for segment in layers if (own := term(layers, segment, trains))}
@@ -175,7 +185,7 @@ class LpFt:
     A head that is still random pulls the features that it reads out of shape; one that already fits leaves them be.
 
     Args:
-        probe: How long the head trains alone: epochs, ``"100 steps"`` or ``"30%"`` of the run.
+        probe: How long the head trains alone: epochs, ``"100 steps"``, ``"30%"`` of the run or ``on_plateau(...)``.
         probe_lr: The head's learning rate meanwhile; None for the Trainer's own.
         lr: The learning rate of the whole model from then on, as in `Stage`; so too `layer_decay` and `warmup`.
 
@@ -185,7 +195,7 @@ class LpFt:
 
     name: ClassVar[str] = "lp_ft"
 
-    probe: float | str = "50%"
+    probe: Start = "50%"
     probe_lr: float | None = None
     lr: Rate = field(default=None, hash=False)
     layer_decay: float = 1.0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .conditions import Plateau
 from .layers import LayerMap, layer_map
 from .rendering import as_html, as_text
 from .timetable import PlannedStage
@@ -29,20 +30,27 @@ class PreviewRow:
     """One stage in a `Preview`.
 
     Attributes:
-        first: Its first optimizer step, from 0.
-        last: Its last.
+        first: Its first optimizer step, from 0; None where it waits for a condition.
+        last: Its last, if no stage behind it that waits begins.
         trains: What trains in it, segment by segment.
         parameters: How many parameters (scalars) that is.
         lowest: The lowest of their learning rates, at the peak of the Trainer's schedule.
         highest: The highest.
+        condition: What it waits for, if it does: ``"eval_loss plateau"``.
     """
 
-    first: int
-    last: int
+    first: int | None
+    last: int | None
     trains: str
     parameters: int
     lowest: float
     highest: float
+    condition: str = ""
+
+    @property
+    def steps(self) -> int:
+        """How many steps it lasts: none as long as its condition is not met."""
+        return 0 if self.first is None or self.last is None else self.last + 1 - self.first
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,16 +63,21 @@ class Preview:
 
     @property
     def share(self) -> float:
-        """The part of the parameters that trains, from 0 to 1, on average over the steps of the run."""
-        steps = sum(row.last + 1 - row.first for row in self.rows)
-        return sum(row.parameters * (row.last + 1 - row.first) for row in self.rows) / (steps * self.parameters)
+        """The part of the parameters that trains, from 0 to 1, on average over the steps; no condition being met."""
+        return sum(row.parameters * row.steps for row in self.rows) / (self.steps * self.parameters)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return sum(row.steps for row in self.rows)
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
+        proviso = ", if no plateau comes" if self.rows[-1].condition else ""
         table = Table(
-            title=f"{self.model_class}: {len(self.rows):,} stages, {self.rows[-1].last + 1:,} steps",
-            caption=f"on average {self.share:.1%} of {self.parameters:,} parameters train",
+            title=f"{self.model_class}: {len(self.rows):,} stages, {self.steps:,} steps",
+            caption=f"on average {self.share:.1%} of {self.parameters:,} parameters train{proviso}",
         )
         for heading in ("stage", "steps", "trains", "parameters", "share", "peak rate"):
             table.add_column(heading, justify="left" if heading == "trains" else "right", overflow="fold")
@@ -72,7 +85,7 @@ class Preview:
             span = dict.fromkeys(f"{rate:.2g}" for rate in (row.lowest, row.highest))
             table.add_row(
                 str(number),
-                f"{row.first:,} to {row.last:,}",
+                row.condition or f"{row.first:,} to {row.last:,}",
                 row.trains,
                 f"{row.parameters:,}",
                 f"{row.parameters / self.parameters:.1%}",
@@ -97,7 +110,7 @@ def preview(model: nn.Module, planned: Sequence[PlannedStage], total_steps: int)
 
     Args:
         model: The model.
-        planned: The stages, planned for it.
+        planned: The stages, rehearsed on it.
         total_steps: Optimizer steps of the run.
     """
     layers = layer_map(model)
@@ -108,7 +121,12 @@ def preview(model: nn.Module, planned: Sequence[PlannedStage], total_steps: int)
         rates |= stage.rates
         now = [rates[name] for name in stage.trainable]
         parameters = sum(sizes[name] for name in stage.trainable)
-        rows.append(PreviewRow(stage.step, end - 1, outline(layers, stage.trainable), parameters, min(now), max(now)))
+        start = stage.stage.start
+        condition = f"{start.metric} plateau" if isinstance(start, Plateau) else ""
+        first, last = (None, None) if condition else (stage.step, end - 1)
+        rows.append(
+            PreviewRow(first, last, outline(layers, stage.trainable), parameters, min(now), max(now), condition)
+        )
     return Preview(type(model).__name__, sum(sizes.values()), tuple(rows))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from typing import Any
 import yaml
 from torch import nn
 
+from .conditions import Plateau
 from .errors import ScheduleError, nearest
 from .layers import layer_map
 from .presets import PRESETS, BottomUp, ChainThaw, Gradual, Lisa, LpFt, Preset
 from .preview import Preview, preview
-from .stages import Rate, Sample, Stage, read_start
-from .timetable import plan, trainable_sets
+from .stages import Rate, Sample, Stage, Start, plain, read_start
+from .timetable import rehearse, trainable_sets
 
 _NAMES = ", ".join(PRESETS)
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d+)?[eE][+-]?\d+")
@@ -62,13 +63,20 @@ class UnfreezeSchedule:
 
     def _check_order(self) -> None:
         first = self.stages[0]
-        if first.unfreeze is None or read_start(first.start)[0] > 0:
+        if first.unfreeze is None or first.waits or read_start(first.start)[0] > 0:
             raise ScheduleError(
                 f"Nothing trains at step 0: the first stage, at {first.start!r}, unfreezes {first.unfreeze!r}. "
                 f"Start with Stage(0, 'head')."
             )
+        for before, stage in pairwise(self.stages):
+            if before.waits and not stage.waits:
+                raise ScheduleError(
+                    f"The stage at {stage.start!r} stands behind one at {before.start!r}, whose step nobody knows. Put "
+                    f"it before that one, or start it on a plateau too."
+                )
+        known = [stage.start for stage in self.stages if not stage.waits]
         for unit in ("epoch", "step", "%"):
-            starts = [number for number, own in map(read_start, (s.start for s in self.stages)) if own == unit]
+            starts = [number for number, own in map(read_start, known) if own == unit]
             if any(later <= earlier for earlier, later in pairwise(starts)):
                 raise ScheduleError(f"Stages out of order: they start at {starts} ({unit}). Write them ascending.")
 
@@ -111,7 +119,7 @@ class UnfreezeSchedule:
     @classmethod
     def lp_ft(
         cls,
-        probe: float | str = "50%",
+        probe: Start = "50%",
         probe_lr: float | None = None,
         lr: Rate = None,
         layer_decay: float = 1.0,
@@ -156,7 +164,7 @@ class UnfreezeSchedule:
             SelectorError: a selector that matches nothing.
         """
         rates = dict.fromkeys((name for name, _ in model.named_parameters()), lr)
-        planned = plan(model, self.stages_for(model), rates, total_steps, steps_per_epoch)
+        planned = rehearse(model, self.stages_for(model), rates, total_steps, steps_per_epoch)
         return preview(model, planned, total_steps)
 
     def to_yaml(self, model: nn.Module | None = None) -> str:
@@ -171,14 +179,10 @@ class UnfreezeSchedule:
             SelectorError: a selector that matches nothing in the model.
         """
         if self.preset and model is None:
-            return yaml.safe_dump({"preset": {"name": self.preset.name, **asdict(self.preset)}}, sort_keys=False)
+            options = {field.name: plain(getattr(self.preset, field.name)) for field in fields(self.preset)}
+            return yaml.safe_dump({"preset": {"name": self.preset.name, **options}}, sort_keys=False)
         stages = self.stages if model is None else self.stages_for(model)
-        defaults = {field.name: field.default for field in fields(Stage)}
-        written = [
-            {key: value for key, value in asdict(stage).items() if key == "start" or value != defaults[key]}
-            for stage in stages
-        ]
-        text = yaml.safe_dump({"stages": written}, sort_keys=False)
+        text = yaml.safe_dump({"stages": [stage.written() for stage in stages]}, sort_keys=False)
         return text if model is None else self._heading(model, stages) + text
 
     def _heading(self, model: nn.Module, stages: Sequence[Stage]) -> str:
@@ -227,7 +231,20 @@ def _construct(cls: Any, content: Any) -> Any:
     values = {key: _number(value) for key, value in content.items()}
     if values.get("sample") is not None:
         values["sample"] = _construct(Sample, values["sample"])
+    for key in {"start", "probe"}.intersection(values):
+        if isinstance(values[key], dict):
+            values[key] = _plateau(values[key])
     return cls(**values)
+
+
+def _plateau(content: dict[Any, Any]) -> Plateau:
+    """Makes the condition of a stage: what Python calls the metric is named by the kind of condition in YAML."""
+    if "plateau" not in content or "metric" in content:
+        raise ScheduleError(f"start={content!r}: write {{plateau: eval_loss, patience: 2}}.")
+    condition: Plateau = _construct(
+        Plateau, {"metric" if key == "plateau" else key: own for key, own in content.items()}
+    )
+    return condition
 
 
 _EXAMPLES = {

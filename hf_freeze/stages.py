@@ -9,12 +9,14 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .conditions import Plateau
 from .errors import ScheduleError
 from .selectors import parse
 
+Start = float | str | Plateau
 Rate = float | Mapping[str, float] | None  # one, one for each selector, or the Trainer's own
 
 _START = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>epochs?|steps?|%)")
@@ -63,7 +65,8 @@ class Stage:
     """One stage of a run: from `start` on, `unfreeze` trains as well, and `freeze` no longer.
 
     Args:
-        start: When it begins: epochs (``2``, ``0.5``, ``"2 epochs"``), ``"100 steps"`` or ``"30%"`` of the run.
+        start: When it begins: epochs (``2``, ``0.5``, ``"2 epochs"``), ``"100 steps"`` or ``"30%"`` of the run; or
+            ``on_plateau("eval_loss", patience=2)``, when a metric has stopped improving (see `Plateau`).
         unfreeze: Selector of what begins to train.
         freeze: Selector of what stops.
         lr: The learning rate of all that `unfreeze` names, at the peak of the Trainer's schedule; None for the
@@ -80,7 +83,7 @@ class Stage:
         SelectorError: a selector that can't be read.
     """
 
-    start: float | str = 0
+    start: Start = 0
     unfreeze: str | None = None
     freeze: str | None = None
     lr: Rate = field(default=None, hash=False)
@@ -89,7 +92,8 @@ class Stage:
     sample: Sample | None = None
 
     def __post_init__(self) -> None:
-        read_start(self.start)
+        if not self.waits:
+            read_start(self.start)
         if self.unfreeze is None and self.freeze is None:
             raise ScheduleError(
                 f"The stage at {self.start!r} neither unfreezes nor freezes. Name one, or leave it out."
@@ -119,11 +123,27 @@ class Stage:
         if by_selector:
             object.__setattr__(self, "lr", dict(rates))  # the caller may go on writing into theirs
 
+    @property
+    def waits(self) -> bool:
+        """Whether it begins on a condition, and not at a step that is known beforehand."""
+        return isinstance(self.start, Plateau)
+
+    @property
+    def restores(self) -> bool:
+        """Whether it begins with the weights of the best checkpoint."""
+        return isinstance(self.start, Plateau) and self.start.restore_best
+
+    def written(self) -> dict[str, Any]:
+        """Returns what it says other than the defaults, in plain data: for YAML, and for checkpoints."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        said = {key: own[key] for key in own if key == "start" or own[key] != getattr(Stage, key, None)}
+        return {key: plain(value) for key, value in said.items()}
+
     def first_step(self, total_steps: int, steps_per_epoch: float | None) -> int:
         """Returns the optimizer step, from 0, before which this stage begins in a run of `total_steps`.
 
         Raises:
-            ScheduleError: the stage counts epochs, and the steps of an epoch are not known.
+            ScheduleError: the stage waits for a condition, or counts epochs and the steps of an epoch are not known.
 
         >>> Stage("30%", "head").first_step(total_steps=200, steps_per_epoch=None)
         60
@@ -143,18 +163,25 @@ class Stage:
         return round(number * steps_per_epoch)
 
 
-def read_start(start: float | str) -> tuple[float, str]:
-    """Returns ``(number, unit)``, the unit being ``epoch``, ``step`` or ``%``."""
+def read_start(start: Start) -> tuple[float, str]:
+    """Returns ``(number, unit)``, the unit being ``epoch``, ``step`` or ``%``; a condition has none."""
     match = _START.fullmatch(start.strip()) if isinstance(start, str) else None
     if match:
         number, unit = float(match["number"]), match["unit"].rstrip("s")
-    elif (start == 0 and not isinstance(start, bool)) or is_positive(start):
+    elif isinstance(start, int | float) and ((start == 0 and not isinstance(start, bool)) or is_positive(start)):
         number, unit = float(start), "epoch"
     else:
-        raise ScheduleError(f"start={start!r}: write epochs (2 or 0.5), '100 steps' or '30%'.")
+        raise ScheduleError(
+            f"start={start!r}: write epochs (2 or 0.5), '100 steps' or '30%'; or on_plateau('eval_loss')."
+        )
     if (unit == "step" and not number.is_integer()) or (unit == "%" and number > 100):
         raise ScheduleError(f"start={start!r}: write whole steps, and at most 100%.")
     return number, unit
+
+
+def plain(value: Any) -> Any:
+    """Returns what a stage or a preset says in one of its fields, as YAML and JSON hold it."""
+    return value.written() if isinstance(value, Plateau) else asdict(value) if isinstance(value, Sample) else value
 
 
 def is_positive(value: Any) -> bool:

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
+from .conditions import Plateau
 from .errors import ScheduleError
 from .layers import LayerMap, layer_map
 from .selectors import select
@@ -46,8 +48,9 @@ def plan(
     rates: Mapping[str, float],
     total_steps: int,
     steps_per_epoch: float | None,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[PlannedStage, ...]:
-    """Puts stages on a model and a run.
+    """Puts stages on a model and a run. A stage on a condition that has not been met is left out.
 
     Args:
         model: The model.
@@ -55,19 +58,46 @@ def plan(
         rates: The optimizer's own rate of each parameter, for stages that give none.
         total_steps: Optimizer steps of the run.
         steps_per_epoch: Optimizer steps of an epoch, if known.
+        history: What evaluations have measured so far, for stages on a condition: the Trainer's log history.
 
     Raises:
         ScheduleError: stages out of order, a stage that starts after the run ends, a stage in which nothing trains, a
             rate for what it does not unfreeze, a sample of more layers than there are.
         SelectorError: a selector that matches nothing.
     """
+    return _laid_out(model, stages, first_steps(stages, total_steps, steps_per_epoch, history), rates, total_steps)
+
+
+def rehearse(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    rates: Mapping[str, float],
+    total_steps: int,
+    steps_per_epoch: float | None,
+) -> tuple[PlannedStage, ...]:
+    """Plans a run in which all conditions are met, one after another behind its last step.
+
+    It is what a preview shows, and refuses before the first step what could not be carried out in the middle of a run.
+
+    Raises:
+        ScheduleError: as `plan`, of stages on a condition too.
+        SelectorError: a selector that matches nothing.
+    """
+    steps = first_steps(stages, total_steps, steps_per_epoch)
+    end = total_steps + len(stages) - len(steps)
+    return _laid_out(model, stages, [*steps, *range(total_steps, end)], rates, end)
+
+
+def _laid_out(
+    model: nn.Module, stages: Sequence[Stage], steps: Sequence[int], rates: Mapping[str, float], end: int
+) -> tuple[PlannedStage, ...]:
+    """Puts the first of the stages, of as many as there are steps, on a model."""
     layers = layer_map(model)
-    steps = _first_steps(stages, total_steps, steps_per_epoch)
     trainable_sets(layers, stages)  # refuses what a draw would hide
     drawn = [
         (step, own)
-        for stage, first, end in zip(stages, steps, [*steps[1:], total_steps], strict=True)
-        for step, own in (_draws(layers, stage, first, end) if stage.sample else [(first, stage)])
+        for stage, first, last in zip(stages, steps, [*steps[1:], end], strict=False)
+        for step, own in (_draws(layers, stage, first, last) if stage.sample else [(first, stage)])
     ]
     trainable = _running_sets(layers, [stage for _, stage in drawn])
     return tuple(
@@ -136,12 +166,35 @@ def _draws(layers: LayerMap, stage: Stage, first: int, end: int) -> Iterator[tup
             freeze = less(layers, goes, kept)
             if not period:
                 freeze = ", ".join(filter(None, (freeze, stage.freeze))) or None
-            yield step, replace(stage, start=f"{step} steps", unfreeze=", ".join(comes), freeze=freeze, sample=None)
+            start = f"{step} steps" if period else stage.start
+            yield step, replace(stage, start=start, unfreeze=", ".join(comes), freeze=freeze, sample=None)
         trained = drawn
 
 
-def _first_steps(stages: Sequence[Stage], total_steps: int, steps_per_epoch: float | None) -> list[int]:
-    steps = [stage.first_step(total_steps, steps_per_epoch) for stage in stages]
+def first_steps(
+    stages: Sequence[Stage],
+    total_steps: int,
+    steps_per_epoch: float | None,
+    history: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """Returns the step at which each stage begins, of those that begin: others wait for a condition behind them.
+
+    Raises:
+        ScheduleError: stages out of order, or a stage that starts after the run ends.
+    """
+    known = [stage for stage in stages if not stage.waits]  # a schedule has conditions after all else
+    steps = [stage.first_step(total_steps, steps_per_epoch) for stage in known]
+    _check_steps(known, steps, total_steps)
+    for stage in stages[len(known) :]:
+        assert isinstance(stage.start, Plateau)
+        step = stage.start.met(history, since=steps[-1])
+        if step is None or step >= total_steps:
+            break
+        steps.append(step)
+    return steps
+
+
+def _check_steps(stages: Sequence[Stage], steps: Sequence[int], total_steps: int) -> None:
     for (before, stage), (step, later) in pairwise(zip(steps, stages, strict=True)):
         if step <= before:
             raise ScheduleError(
@@ -154,7 +207,6 @@ def _first_steps(stages: Sequence[Stage], total_steps: int, steps_per_epoch: flo
                 f"The stage at {stage.start!r} would start at step {step}, and the run ends at step {total_steps}. "
                 f"Start it earlier or train longer."
             )
-    return steps
 
 
 def _rates(layers: LayerMap, stage: Stage, now: frozenset[str], own: Mapping[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from hf_freeze import Sample, Stage, UnfreezeSchedule
+from hf_freeze import Sample, Stage, UnfreezeSchedule, on_plateau
 
 SELECTORS = ["head", "pooler", "embeddings", "layers[0]", "layers[-1]", "layers[:2]", "bias", "norm", "all"]
 positive = st.floats(1e-6, 10)
@@ -18,6 +18,23 @@ stage_options = st.fixed_dictionaries(
         "sample": st.none() | st.builds(Sample, st.integers(1, 3), st.integers(1, 50), st.integers(0, 9)),
     },
 )
+
+
+plateaus = st.builds(
+    on_plateau,
+    st.sampled_from(["eval_loss", "eval_accuracy"]),
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.sampled_from([None, True, False]),
+    st.booleans(),
+)
+
+
+@st.composite
+def waiting(draw):
+    """Stages of which the last wait for a plateau, one after another."""
+    later = draw(st.lists(st.tuples(plateaus, stage_options), min_size=1, max_size=3))
+    return [*draw(stages()), *(Stage(start, **own) for start, own in later)]
 
 
 @st.composite

@@ -12,7 +12,7 @@ from tiny import tiny_config
 from training import Watch, make_trainer, tiny_bert
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hf_freeze import Sample, Stage, StagedUnfreezing, UnfreezeSchedule, freeze, layer_map, select
+from hf_freeze import Sample, Stage, StagedUnfreezing, UnfreezeSchedule, freeze, layer_map, on_plateau, select
 from hf_freeze.errors import ScheduleError
 from hf_freeze.preview import SHOWN, outline
 
@@ -69,6 +69,18 @@ def test_epochs_need_their_steps():
     ]
     with pytest.raises(ScheduleError, match=r"counts epochs, and the length of the data is unknown"):
         UnfreezeSchedule.gradual().preview(MODEL, total_steps=24)
+
+
+def test_a_stage_that_waits_is_shown_with_what_it_waits_for_and_counts_for_no_step():
+    stages = [Stage(0, "head"), Stage("2 steps", "pooler"), Stage(on_plateau("eval_loss"), "layers", lr=0.5)]
+    told = UnfreezeSchedule(stages).preview(MODEL, total_steps=6)
+    known = UnfreezeSchedule(stages[:2]).preview(MODEL, total_steps=6)
+    assert told.rows[:2] == known.rows and told.share == known.share
+    row = told.rows[2]
+    assert (row.first, row.last, row.condition, row.highest) == (None, None, "eval_loss plateau", 0.5)
+    assert row.parameters == size("head, pooler, layers")
+    assert "│ eval_loss plateau │" in str(told) and "train, if no plateau comes" in str(told)
+    assert "if no plateau" not in str(known)
 
 
 def test_the_model_is_only_read():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given
-from scheduling import presets, stages
+from scheduling import presets, stages, waiting
 from training import tiny_bert
 
-from hf_freeze import Sample, Stage, UnfreezeSchedule
+from hf_freeze import Sample, Stage, UnfreezeSchedule, on_plateau
 from hf_freeze.errors import FreezeError, ScheduleError
 from hf_freeze.presets import PRESETS
 
@@ -16,7 +16,7 @@ MODEL = tiny_bert()
 # YAML
 
 
-@given(stages().map(UnfreezeSchedule) | presets)
+@given((stages() | waiting()).map(UnfreezeSchedule) | presets)
 def test_yaml_gives_back_what_was_written(schedule):
     assert UnfreezeSchedule.from_yaml(schedule.to_yaml()) == schedule
 
@@ -32,6 +32,17 @@ def test_rates_by_selector_and_samples_are_read_from_yaml():
     text = "stages: [{start: 0, unfreeze: all, lr: {head: 1e-3, layers: 2e-5}, sample: {layers: 3, steps: 10}}]"
     stage = Stage(0, "all", lr={"head": 1e-3, "layers": 2e-5}, sample=Sample(layers=3, steps=10))
     assert UnfreezeSchedule.from_yaml(text) == UnfreezeSchedule([stage])
+
+
+def test_a_condition_is_read_from_yaml():
+    text = "stages: [{unfreeze: head}, {start: {plateau: eval_loss, patience: 2, restore_best: true}, unfreeze: all}]"
+    start = on_plateau("eval_loss", patience=2, restore_best=True)
+    schedule = UnfreezeSchedule([Stage(0, "head"), Stage(start, "all")])
+    assert UnfreezeSchedule.from_yaml(text) == schedule
+    assert "- start:\n    plateau: eval_loss\n    patience: 2\n    restore_best: true\n" in schedule.to_yaml()
+    probe = UnfreezeSchedule.lp_ft(probe=start)
+    assert UnfreezeSchedule.from_yaml(probe.to_yaml()) == probe
+    assert probe.stages_for(MODEL)[1].start == start
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -95,6 +106,11 @@ def test_yaml_for_a_model_that_the_stages_do_not_fit_is_refused(stage, message):
         ("preset: {name: [lisa]}", r"Unknown preset \['lisa'\]"),
         ("stages: [{unfreeze: all, sample: 2}]", r"2 is no sample: write its fields, e.g. {layers: 2, steps: 20}"),
         ("stages: [{unfreeze: all, sample: {layer: 2}}]", r"Unknown field 'layer'. Did you mean 'layers'"),
+        ("stages: [{start: {plateu: eval_loss}, unfreeze: all}]", r"write {plateau: eval_loss, patience: 2}"),
+        ("stages: [{start: {plateau: a, metric: b}, unfreeze: all}]", r"write {plateau: eval_loss, patience: 2}"),
+        ("stages: [{start: {plateau: a, patence: 2}, unfreeze: all}]", r"'patence'. Did you mean 'patience'"),
+        ("stages: [{start: {plateau: 3}, unfreeze: all}]", r"metric=3: write its name"),
+        ("stages: [{start: [1], unfreeze: all}]", r"start=\[1\]: write epochs"),
         ("stages: [{unfreeze: all, lr: [1]}]", r"lr=\[1\] in the stage"),
         ("stages: [", r"The schedule can't be read"),
         ("!!python/object/apply:os.getcwd []", r"The schedule can't be read"),
@@ -134,6 +150,14 @@ def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path):
         (
             lambda: UnfreezeSchedule([Stage(0, "head"), Stage(2, "all"), Stage(1, "pooler")]),
             r"Stages out of order: they start at \[0.0, 2.0, 1.0\] \(epoch\). Write them ascending",
+        ),
+        (
+            lambda: UnfreezeSchedule([Stage(on_plateau("eval_loss"), "head")]),
+            r"Nothing trains at step 0: the first stage, at on_plateau\('eval_loss'\)",
+        ),
+        (
+            lambda: UnfreezeSchedule([Stage(0, "head"), Stage(on_plateau("eval_loss"), "layers"), Stage(2, "all")]),
+            r"The stage at 2 stands behind one at on_plateau\('eval_loss'\), whose step nobody knows. Put it before",
         ),
         (
             lambda: UnfreezeSchedule([Stage(0, "head"), Stage("50%", "all"), Stage("50%", "pooler")]),
