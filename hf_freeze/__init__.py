@@ -18,6 +18,7 @@ _HOMES = {
     "adapters.adapterhub": ["load_adapterhub", "save_adapterhub"],
     "adapters.fusion": ["average_adapters"],
     "callbacks": ["StagedUnfreezing"],
+    "conditions": ["on_plateau"],
     "engine": ["attach_schedule"],
     "errors": ["FreezeError"],
     "freezing": ["freeze", "freeze_until", "frozen_modules", "unfreeze"],
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .adapters.adapterhub import save_adapterhub as save_adapterhub
     from .adapters.fusion import average_adapters as average_adapters
     from .callbacks import StagedUnfreezing as StagedUnfreezing
+    from .conditions import on_plateau as on_plateau
     from .engine import attach_schedule as attach_schedule
     from .errors import FreezeError as FreezeError
     from .freezing import freeze as freeze

@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length, unwrap_peft_model
 
-from .distributed import require_supported, requiring_grad, trainer_launch
+from .distributed import DDP, DEEPSPEED, require_supported, requiring_grad, trainer_launch, unwrap_model
 from .engine import StageEngine
+from .reducer import Wrapper, can_rebuild, torch_can_rebuild, watch_wrapping
+from .resuming import compare, load_best, recorded, require_evaluations, warn_of_unmeasured
 from .schedules import UnfreezeSchedule
 from .stages import Stage
 from .summary import trainable_summary
@@ -55,15 +57,20 @@ class StagedUnfreezing(TrainerCallback):
     def __init__(self, schedule: UnfreezeSchedule | Sequence[Stage]) -> None:
         self.schedule = schedule if isinstance(schedule, UnfreezeSchedule) else UnfreezeSchedule(schedule)
         self.engine: StageEngine | None = None
+        self._wrapper: Wrapper = lambda: None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Unfreezes the union of all stages, so that the Trainer builds its optimizer over it."""
         if kwargs.get("model") is None:
             return
         engine = self._engine_for(kwargs["model"])
-        require_supported(trainer_launch(args, engine.model), engine.union, engine.union, engine.changes)
+        launch = trainer_launch(args, engine.model, rebuilds=torch_can_rebuild())
+        require_evaluations(engine.stages, args, launch)
+        require_supported(launch, engine.union, engine.union, engine.changes, engine.rated)
         engine.prepare()
         self.engine = engine
+        if launch.kind == DDP:
+            self._wrapper = watch_wrapping(engine.model)
         if state.is_world_process_zero and (factor := wrong_loss_factor(args, engine.model)) > 1:
             warnings.warn(
                 f"The Trainer makes the gradients of {type(engine.model).__name__} {factor} times too large: the model "
@@ -76,35 +83,49 @@ class StagedUnfreezing(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Regroups the optimizer in place and enters the stage of the step at which training begins."""
-        model = kwargs["model"]
+        model = unwrap_model(kwargs["model"])
         engine = self.engine
-        if engine is None or engine.model is not model:  # added to the Trainer late; or `model_init`
+        # added to the Trainer late; or `model_init`; or FSDP has renamed what it has wrapped
+        if engine is None or engine.model is not model or not engine.union <= dict(model.named_parameters()).keys():
             engine = self._engine_for(model)
         # nothing has been frozen or unfrozen since the model was wrapped
-        require_supported(trainer_launch(args, model), requiring_grad(model), engine.union, engine.changes)
+        wrapper = self._wrapper()
+        launch = trainer_launch(args, model, rebuilds=wrapper is not None and can_rebuild(wrapper))
+        require_evaluations(engine.stages, args, launch)
+        require_supported(launch, requiring_grad(model), engine.union, engine.changes, engine.rated)
         if engine is not self.engine:
             engine.prepare()
             self.engine = engine
-        engine.attach(
-            kwargs["optimizer"],
-            kwargs["lr_scheduler"],
-            state.max_steps,
-            _steps_per_epoch(kwargs.get("train_dataloader"), args),
-        )
+        engine.wrapper = wrapper if launch.rebuilds else None
+        if launch.kind == DEEPSPEED:  # one stage, at the Trainer's own rates: nothing to regroup
+            return
+        run = (state.max_steps, _steps_per_epoch(kwargs.get("train_dataloader"), args))
+        engine.attach(kwargs["optimizer"], kwargs["lr_scheduler"], *run, history=state.log_history)
+        compare(state, recorded(engine.stages, *run))
         self._enter(state, model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Enters the next stage when its step has come."""
+        """Enters the next stage when its step has come, or when what was measured at this step lets it begin."""
+        if self.engine is not None and self.engine.awaited:
+            warn_of_unmeasured(self.engine.awaited, state)
+            self.engine.consult(state.log_history, state.global_step)
         self._enter(state, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the optimizer its own groups back; the model stays in its last stage."""
-        if self.engine is not None:
-            self.engine.detach()
+        if self.engine is None:
+            return
+        self.engine.detach()
+        if self.engine.awaited and state.is_world_process_zero:
+            warnings.warn(
+                f"The run has ended before the stage at {self.engine.awaited[0].start!r} could begin, and "
+                f"{len(self.engine.awaited) - 1} more.",
+                stacklevel=2,
+            )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the stage and the number of trainable parameters to the Trainer's logs and log history."""
@@ -119,9 +140,15 @@ class StagedUnfreezing(TrainerCallback):
 
     def _enter(self, state: TrainerState, model: nn.Module) -> None:
         assert self.engine is not None  # on_train_begin has made it
+        if not self.engine.planned:  # DeepSpeed
+            return
         stage = self.engine.enter(state.global_step)
+        # checkpoints are saved before a step begins, so that the one of this step still has the weights of before
+        if stage is not None and stage.stage.restores and stage.step == state.global_step:
+            load_best(model, state)
         if stage is not None and state.is_world_process_zero:
-            tqdm.write(describe(stage, self.engine.planned.index(stage), len(self.engine.planned), model))
+            count = len(self.engine.planned) + len(self.engine.awaited)
+            tqdm.write(describe(stage, self.engine.planned.index(stage), count, model))
 
 
 def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> str:

@@ -5,26 +5,35 @@ How data passes through:
     prepare: union of all stages, unfrozen -> the optimizer is built over it -> attach: groups regrouped in place
     -> enter(step), before each step, freezes what is not due -> detach: the optimizer's own groups again
 
+    a stage waits for a condition: consult, where something has been measured -> planned and regrouped anew
+
 The optimizer is built once, over all that will ever train. A parameter that is not yet due has no gradient, and costs
 nothing: no optimizer state, no decay. Adding groups in mid-run instead breaks the scheduler and every checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .distributed import module_launch, require_supported, requiring_grad, unwrap_model
+from .conditions import Plateau
+from .distributed import module_launch, require_supported, requiring_grad, unwrap_model, wrapping
 from .errors import ScheduleError
 from .freezing import freeze, unfreeze
+from .holding import hold_back, release
 from .layers import layer_map
 from .optim import Factor, Regrouping, regroup, require_lambdas, steps_at_once, unwrap
+from .reducer import reduce_what_trains
 from .schedules import UnfreezeSchedule
+from .sharding import read_anew
 from .stages import Stage
-from .timetable import PlannedStage, plan, trainable_sets
+from .timetable import PlannedStage, first_steps, plan, rehearse, trainable_sets
 
 Timeline = tuple[tuple[int, float, int], ...]  # (step, factor on the rate, warm-up steps) of one parameter
 
@@ -41,23 +50,32 @@ class StageEngine:
         SelectorError: a selector that matches nothing.
 
     Attributes:
-        planned: The stages on the run that it is attached to.
+        planned: The stages on the run that it is attached to, those aside that wait for a condition.
+        awaited: The stages that do, in order.
         current: The index in `planned` of the stage that is on; None before the first.
         union: All that may ever train: more than what is planned where a stage draws its layers.
         changes: Whether there is a step at which something of it does not train.
+        rated: Whether there are several stages, or one with rates of its own.
         steps: Optimizer steps done, in a loop that calls `step`.
+        wrapper: The DDP around the model, where its reducer can be made anew.
+        measured: What conditions hang on, in a loop that calls `report`.
     """
 
     def __init__(self, model: nn.Module, stages: Sequence[Stage]) -> None:
         self.model = model
         self.stages = tuple(stages)
         self.planned: tuple[PlannedStage, ...] = ()
+        self.awaited: tuple[Stage, ...] = tuple(stage for stage in stages if stage.waits)
         self.current: int | None = None
+        self.wrapper: DistributedDataParallel | None = None
         self.steps = 0
+        self.measured: list[dict[str, Any]] = []
+        self._run: _Run | None = None
         self._regrouping: Regrouping | None = None
         stages_train = trainable_sets(layer_map(model), self.stages)
         self.union = frozenset[str]().union(*stages_train)
         self.changes = any(trains != self.union for trains in stages_train) or any(s.sample for s in self.stages)
+        self.rated = len(stages) > 1 or any(s.lr is not None or s.layer_decay != 1 or s.warmup for s in stages)
 
     def prepare(self) -> None:
         """Freezes what no stage trains and unfreezes the union of what they do, for the optimizer to be built over."""
@@ -66,7 +84,12 @@ class StageEngine:
             freeze(self.model, rest)
 
     def attach(
-        self, optimizer: torch.optim.Optimizer, scheduler: Any, total_steps: int, steps_per_epoch: float | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        total_steps: int,
+        steps_per_epoch: float | None,
+        history: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Plans the run and regroups the optimizer in place.
 
@@ -75,6 +98,7 @@ class StageEngine:
             scheduler: Its learning-rate scheduler, a `LambdaLR`.
             total_steps: Optimizer steps of the run.
             steps_per_epoch: Optimizer steps of an epoch, if known.
+            history: What has been measured before, in a run that goes on.
 
         Raises:
             ScheduleError: a scheduled parameter is not in the optimizer or has no rate there, the scheduler is no
@@ -84,21 +108,51 @@ class StageEngine:
         optimizer, scheduler = unwrap(optimizer), unwrap(scheduler)
         require_lambdas(scheduler)
         rates = self._own_rates(optimizer)
-        planned = plan(self.model, self.stages, rates, total_steps, steps_per_epoch)
+        rehearse(self.model, self.stages, rates, total_steps, steps_per_epoch)
         if self._regrouping is not None:  # the run before was interrupted
             self._regrouping.undo(scheduler if self._regrouping.optimizer is optimizer else None)
-        self.planned, self.current = planned, None
-        parameters = dict(self.model.named_parameters())
-        timelines = {id(parameters[name]): timeline for name, timeline in _timelines(planned, rates).items()}
-        self._regrouping = regroup(
-            optimizer, scheduler, lambda p: timelines.get(id(p), ()), lambda timeline: _factor(timeline, stride)
-        )
+            self._regrouping = None
+        self._run = _Run(optimizer, scheduler, stride, rates, total_steps, steps_per_epoch)
+        self._plan(history)
 
     def detach(self) -> None:
         """Gives the optimizer its own groups back; the model stays in the stage that it is in."""
         if self._regrouping is not None:
             self._regrouping.undo()
-            self._regrouping = None
+            self._regrouping = self._run = None
+            release(self.model)
+
+    def consult(self, history: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Plans the run anew where what has been measured at a step lets a stage begin that waits.
+
+        Its rates hold from that step on: the scheduler has taken it already, and the optimizer's rates are set again.
+
+        Args:
+            history: What has been measured so far, see `Plateau.met`.
+            step: Optimizer steps done.
+        """
+        if self._run is None or not self.awaited:
+            return
+        metric = _metric(self.awaited[0])
+        if any(metric in entry for entry in takewhile(lambda entry: entry.get("step") == step, reversed(history))):
+            begun = len(self.stages) - len(self.awaited)
+            if len(first_steps(self.stages, self._run.total_steps, self._run.steps_per_epoch, history)) > begun:
+                self._plan(history)
+
+    def _plan(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Plans the run as far as it is known, and splits the optimizer's groups by what is planned."""
+        assert self._run is not None  # it is attached
+        run = self._run
+        if self._regrouping is not None:
+            self._regrouping.undo()
+        self.planned = plan(self.model, self.stages, run.rates, run.total_steps, run.steps_per_epoch, history)
+        self.awaited = self.stages[len(first_steps(self.stages, run.total_steps, run.steps_per_epoch, history)) :]
+        self.current = None
+        parameters = dict(self.model.named_parameters())
+        timelines = {id(parameters[name]): own for name, own in _timelines(self.planned, run.rates).items()}
+        self._regrouping = regroup(
+            run.optimizer, run.scheduler, lambda p: timelines.get(id(p), ()), lambda own: _factor(own, run.stride)
+        )
 
     def enter(self, step: int) -> PlannedStage | None:
         """Makes the model train what is due at an optimizer step; returns the stage if it has changed, else None."""
@@ -107,9 +161,14 @@ class StageEngine:
             return None
         self.current = index
         stage = self.planned[index]
-        if waiting := self.union - stage.trainable:
+        waiting = self.union - stage.trainable
+        if waiting:
             freeze(self.model, waiting)
         unfreeze(self.model, stage.trainable)
+        hold_back(self.model, waiting)
+        read_anew(self.model)
+        if self.wrapper is not None:
+            reduce_what_trains(self.wrapper)
         return stage
 
     def step(self) -> PlannedStage | None:
@@ -117,13 +176,36 @@ class StageEngine:
         self.steps += 1
         return self.enter(self.steps)
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns the number of steps, from which all else follows: for ``accelerator.register_for_checkpointing``."""
-        return {"steps": self.steps}
+    def report(self, metrics: Mapping[str, float]) -> PlannedStage | None:
+        """Tells what an evaluation has measured, for the stages that wait for it; returns the stage if it has changed.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+        Call it behind `step`, on each process. What the main process has measured counts, so that all decide alike.
+
+        Raises:
+            ScheduleError: nothing of what stages wait for was reported.
+        """
+        if not self.awaited:
+            return None
+        watched = sorted({_metric(stage) for stage in self.awaited})
+        values = _of_main_process({metric: float(metrics[metric]) for metric in watched if metric in metrics})
+        if not values:
+            raise ScheduleError(
+                f"A stage waits for {watched[0]!r}, and {', '.join(metrics) or 'nothing'} was reported. "
+                f"Report it, or name in on_plateau what you report."
+            )
+        self.measured.append({"step": self.steps, **values})
+        self.consult(self.measured, self.steps)
+        return self.enter(self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what all else follows from: for ``accelerator.register_for_checkpointing``."""
+        return {"steps": self.steps, "measured": [*self.measured]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the stage of a checkpoint."""
-        self.steps = state["steps"]
+        self.steps, self.measured = state["steps"], [*state.get("measured", ())]
+        if any(stage.waits for stage in self.stages):
+            self._plan(self.measured)
         self.enter(self.steps)
 
     def _own_rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -157,7 +239,8 @@ def attach_schedule(
 
     Call it behind ``accelerator.prepare``, with all that any stage trains unfrozen and in the optimizer; then call
     ``step()`` on what it returns, behind each optimizer step, on each process. With
-    ``accelerator.register_for_checkpointing`` it is saved and loaded with the rest.
+    ``accelerator.register_for_checkpointing`` it is saved and loaded with the rest. Where a stage waits for a
+    condition, ``report({"eval_loss": ...})`` tells what was measured.
 
     Args:
         schedule: The schedule.
@@ -183,14 +266,46 @@ def attach_schedule(
     """
     bare = unwrap_model(model)
     engine = StageEngine(bare, schedule.stages_for(bare))
-    require_supported(module_launch(model), requiring_grad(bare), engine.union, engine.changes)
+    if backwards := [stage for stage in engine.awaited if stage.restores]:
+        raise ScheduleError(
+            f"restore_best in the stage at {backwards[0].start!r} needs the Trainer's checkpoints. Leave it out, and "
+            f"load the best weights yourself where report() returns the stage."
+        )
+    launch = module_launch(model)
+    require_supported(launch, requiring_grad(bare), engine.union, engine.changes, engine.rated)
     engine.attach(optimizer, scheduler, total_steps, steps_per_epoch)
     engine.prepare()
+    engine.wrapper = wrapping(model) if launch.rebuilds else None
     engine.enter(0)
     return engine
 
 
-def _timelines(planned: Sequence[PlannedStage], own: dict[str, float]) -> dict[str, Timeline]:
+@dataclass(frozen=True)
+class _Run:
+    """What an engine is attached to."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    stride: int
+    rates: Mapping[str, float]
+    total_steps: int
+    steps_per_epoch: float | None
+
+
+def _metric(stage: Stage) -> str:
+    assert isinstance(stage.start, Plateau)
+    return stage.start.metric
+
+
+def _of_main_process(value: Any) -> Any:
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return value
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _timelines(planned: Sequence[PlannedStage], own: Mapping[str, float]) -> dict[str, Timeline]:
     """Returns for each parameter the events of its learning rate, each rate as a factor on the optimizer's own."""
     timelines: dict[str, Timeline] = {}
     for stage in planned:
