@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,9 +13,10 @@ from hypothesis import strategies as st
 from training import differing, names_in, tiny_bert, weights
 from transformers import get_scheduler
 
-from hf_freeze import Stage, UnfreezeSchedule, select
+from hf_freeze import Sample, Stage, UnfreezeSchedule, on_plateau, select
 from hf_freeze.engine import StageEngine, attach_schedule
 from hf_freeze.errors import ScheduleError, SelectorError
+from hf_freeze.timetable import first_steps
 
 RATE, STEPS = 0.01, 6
 INPUTS = {"input_ids": torch.arange(1, 9).view(2, 4), "labels": torch.tensor([0, 1])}
@@ -213,6 +217,112 @@ def test_a_loop_may_be_wrapped_or_bare(wrapped):
     parts = (torch.compile(model), optimizer, get_scheduler("constant", optimizer))
     engine = attach_schedule(STAGED, *(Accelerator(cpu=True).prepare(*parts) if wrapped else parts), STEPS, 2)
     assert engine.model is model and trains(model) == set(select(model, "head"))
+
+
+# Stages that wait for a condition
+
+
+WAITING = [
+    Stage(0, "head", lr=0.1),
+    Stage("1 steps", "pooler"),
+    Stage(on_plateau("eval_loss", patience=2), "layers[-1]", lr=0.05, layer_decay=0.5, warmup=3),
+    Stage(on_plateau("eval_accuracy"), "layers[:2]", freeze="head", sample=Sample(layers=1, steps=2)),
+]
+LONG = 12  # steps
+
+
+def trained(stages, measured, saved_at=None):
+    """A loop that reports after each step what was measured; one that is saved and loaded at a step, if it is given.
+
+    Returns:
+        What moved at each step at which rates, and the weights.
+    """
+
+    def setup():
+        model = tiny_bert().eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+        scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=LONG)
+        return model, optimizer, scheduler, attach_schedule(UnfreezeSchedule(stages), model, optimizer, scheduler, LONG)
+
+    parts, moved = setup(), []
+    for values in measured:
+        model, optimizer, scheduler, engine = parts
+        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        model(**INPUTS).loss.backward()
+        moved.append({name: rates[id(own)] for name, own in model.named_parameters() if own.grad is not None})
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        engine.step()
+        engine.report(dict(zip(("eval_loss", "eval_accuracy"), values, strict=True)))
+        if engine.steps == saved_at:
+            parts = setup()
+            for new, old in zip(parts, (model, optimizer, scheduler, engine), strict=True):
+                new.load_state_dict(copy.deepcopy(old.state_dict()))
+    return moved, weights(parts[0])
+
+
+measurements = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=LONG - 1, max_size=LONG - 1)
+
+
+@given(measurements)
+@settings(deadline=None, max_examples=15)
+def test_stages_on_a_condition_are_those_that_were_to_begin_at_the_steps_at_which_it_is_met(measured):
+    names = ("eval_loss", "eval_accuracy")
+    history = [{"step": at, **dict(zip(names, values, strict=True))} for at, values in enumerate(measured, start=1)]
+    steps = first_steps(WAITING, LONG, None, history)
+    fixed = [replace(stage, start=f"{step} steps") for stage, step in zip(WAITING, steps, strict=False)]
+    (moved, found), (expected, at_fixed_steps) = trained(WAITING, measured), trained(fixed, measured)
+    assert [own.keys() for own in moved] == [own.keys() for own in expected]
+    assert moved == expected
+    assert differing(found, at_fixed_steps) == []
+
+
+@pytest.mark.parametrize("saved_at", range(1, LONG - 1))
+def test_saved_and_loaded_at_any_step_a_loop_begins_its_stages_where_it_would_have(saved_at):
+    measured = [(1, 1)] * (LONG - 1)  # so that stages begin at steps 4 and 6
+    (moved, found), (expected, uncrashed) = trained(WAITING, measured, saved_at), trained(WAITING, measured)
+    assert TOP in expected[4].keys() - expected[3].keys() and HEAD in expected[5].keys() - expected[6].keys()
+    assert moved == expected and differing(found, uncrashed) == []
+
+
+def waits_for(*starts):
+    model = tiny_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    schedule = UnfreezeSchedule([Stage(0, "head"), *(Stage(start, "layers") for start in starts)])
+    return attach_schedule(schedule, model, optimizer, get_scheduler("constant", optimizer), STEPS)
+
+
+def test_report_returns_the_stage_that_begins_and_asks_for_nothing_when_none_waits():
+    engine = waits_for(on_plateau("eval_loss"))
+    found = []
+    for loss in (3.0, torch.tensor(2.0), 2.0, 2.0):
+        engine.step()
+        found.append(engine.report({"eval_loss": loss}))
+    assert [stage and stage.step for stage in found] == [None, None, 3, None]
+    assert engine.report({}) is None and engine.awaited == ()
+
+
+def test_a_report_without_what_is_waited_for_is_refused():
+    engine = waits_for(on_plateau("eval_loss"))
+    with pytest.raises(
+        ScheduleError, match=r"A stage waits for 'eval_loss', and loss was reported. Report it, or name"
+    ):
+        engine.report({"loss": 1.0})
+
+
+def test_the_best_checkpoint_is_the_trainers_and_a_loop_can_not_go_back_to_it():
+    with pytest.raises(ScheduleError, match=r"restore_best in the stage at on_plateau.*load the best weights yourself"):
+        waits_for(on_plateau("eval_loss", restore_best=True))
+
+
+def test_what_a_later_stage_could_not_do_is_refused_before_the_first_step():
+    model = tiny_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    late = Stage(on_plateau("eval_loss"), "layers", sample=Sample(layers=9))
+    schedule = UnfreezeSchedule([Stage(0, "head"), late])
+    with pytest.raises(ScheduleError, match=r"The stage at on_plateau\('eval_loss'\) samples 9 layers"):
+        attach_schedule(schedule, model, optimizer, get_scheduler("constant", optimizer), STEPS)
 
 
 # One run after another
