@@ -18,6 +18,7 @@ _HOMES = {
     "adapters.adapterhub": ["load_adapterhub", "save_adapterhub"],
     "adapters.fusion": ["average_adapters"],
     "callbacks": ["StagedUnfreezing"],
+    "checkpoints": ["last_whole_checkpoint"],
     "conditions": ["on_plateau"],
     "engine": ["attach_schedule"],
     "errors": ["FreezeError"],
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .adapters.adapterhub import save_adapterhub as save_adapterhub
     from .adapters.fusion import average_adapters as average_adapters
     from .callbacks import StagedUnfreezing as StagedUnfreezing
+    from .checkpoints import last_whole_checkpoint as last_whole_checkpoint
     from .conditions import on_plateau as on_plateau
     from .engine import attach_schedule as attach_schedule
     from .errors import FreezeError as FreezeError
