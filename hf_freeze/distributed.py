@@ -83,7 +83,7 @@ def module_launch(model: nn.Module) -> Launch:
     """Returns how a loop spreads its run, from the model as it calls it.
 
     Raises:
-        ScheduleError: a bare model on several processes.
+        ScheduleError: a bare model on several processes; FSDP without ``use_orig_params``.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if isinstance(model, DistributedDataParallel):
@@ -92,7 +92,9 @@ def module_launch(model: nn.Module) -> Launch:
         return Launch(devices=max(2, len(model.device_ids)))
     for base in type(model).__mro__:
         if base.__name__ in _WRAPPERS:
-            return Launch(_WRAPPERS[base.__name__], original=getattr(model, "_use_orig_params", True))
+            launch = Launch(_WRAPPERS[base.__name__], original=getattr(model, "_use_orig_params", True))
+            _require_original(launch)  # at once: what is flattened has no layers any more that a stage could name
+            return launch
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ScheduleError(
             f"{type(model).__name__} is not wrapped, on {torch.distributed.get_world_size()} processes. "
@@ -140,19 +142,33 @@ def require_supported(
             f"Stages can't be carried out under DataParallel, on {launch.devices} GPUs in one process. Start a process "
             f"for each: torchrun --nproc-per-node {launch.devices}; or set CUDA_VISIBLE_DEVICES=0."
         )
+    _require_original(launch)
     if launch.kind == FSDP1 or (launch.kind == DDP and not launch.rebuilds):
         _require_held(launch, held, union)
     if launch.kind == DDP and (changes or held != union):
         _require_ddp(launch)
-    elif launch.kind == FSDP1 and not launch.original:
-        raise ScheduleError(
-            "FSDP without use_orig_params can't train a part of what it has flattened together. Set "
-            "fsdp_config={'version': 2}, which is FSDP2, or use_orig_params=True."
-        )
     elif launch.kind == DEEPSPEED:
         _require_constant(changes, rates)
     elif launch.kind not in (ALONE, DDP, FSDP1, FSDP2):
         raise ScheduleError(f"Stages are not carried out under {launch.kind} so far. {_INSTEAD}")
+
+
+def require_resumable(launch: Launch, step: int) -> None:
+    """Refuses to go on from a checkpoint of FSDP1: its flattened optimizer state has no room for what is not due yet.
+
+    Raises:
+        ScheduleError: FSDP1, and a run that does not begin at step 0.
+    """
+    if launch.kind == FSDP1 and step > 0:
+        raise ScheduleError(f"Stages under FSDP can't go on from step {step}. Use FSDP2: fsdp_config={{'version': 2}}.")
+
+
+def _require_original(launch: Launch) -> None:
+    if launch.kind == FSDP1 and not launch.original:
+        raise ScheduleError(
+            "FSDP without use_orig_params can't train a part of what it has flattened together. Set "
+            "fsdp_config={'version': 2}, which is FSDP2, or use_orig_params=True."
+        )
 
 
 def _require_constant(changes: bool, rates: bool) -> None:

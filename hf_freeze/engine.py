@@ -264,14 +264,13 @@ def attach_schedule(
         >>> [stage and stage.step for stage in (engine.step(), engine.step(), engine.step())]
         [None, 2, None]
     """
-    bare = unwrap_model(model)
+    launch, bare = module_launch(model), unwrap_model(model)
     engine = StageEngine(bare, schedule.stages_for(bare))
     if backwards := [stage for stage in engine.awaited if stage.restores]:
         raise ScheduleError(
             f"restore_best in the stage at {backwards[0].start!r} needs the Trainer's checkpoints. Leave it out, and "
             f"load the best weights yourself where report() returns the stage."
         )
-    launch = module_launch(model)
     require_supported(launch, requiring_grad(bare), engine.union, engine.changes, engine.rated)
     engine.attach(optimizer, scheduler, total_steps, steps_per_epoch)
     engine.prepare()

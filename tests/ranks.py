@@ -10,13 +10,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from peft import get_peft_model
+from sharded import fsdp1, fsdp2, fsdp_on_cpu, gathered, plain_loop, whole
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from training import Watch, losses, make_trainer, optimizer_state, rows, tiny_bert, weights
 from transformers import TrainerCallback, get_scheduler
@@ -38,33 +44,53 @@ SAMPLED = [Stage(0, "all", sample=Sample(layers=1, steps=2))]
 
 EXACT = {"optim": "sgd", "max_grad_norm": 0.0}
 CHECKPOINTING = {**EXACT, "activation_checkpointing": True}
+ACCUMULATED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}
+USED_ONLY = {"ddp_find_unused_parameters": False}
+SHARDED = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "BertLayer"}}
 # equal to one process
 EQUAL: dict[str, dict[str, Any]] = {
     "plain": EXACT,
     "accumulation": {**EXACT, "gradient_accumulation_steps": 2},
     "clipping": {**EXACT, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     "checkpointing": {**CHECKPOINTING, "ddp_find_unused_parameters": True},
+    "checkpointing, accumulation, clipping": {**CHECKPOINTING, **ACCUMULATED},
+    "used only": {**EXACT, **USED_ONLY},
+    "used only, accumulation, clipping": {**EXACT, **ACCUMULATED, **USED_ONLY},
+    "used only, checkpointing": {**CHECKPOINTING, **USED_ONLY},
+    "used only, sampled": {**EXACT, "stages": SAMPLED, **USED_ONLY},
+    "one reducer": {**EXACT, **ACCUMULATED, "one_reducer": True},
+    "one reducer, checkpointing": {**CHECKPOINTING, "one_reducer": True, "ddp_find_unused_parameters": True},
+    "trained twice": {**EXACT, "runs": 2},
     "adapters": {**EXACT, "stages": ADAPTERS},
     "sampled": {**EXACT, "stages": SAMPLED},
     # in single precision AdamW makes steps of gradients that are nothing but rounding
     "adamw": {"double": True},
-    "one stage": {**EXACT, "stages": [Stage(0, "all")], "ddp_find_unused_parameters": False},
+    "one stage": {**EXACT, "stages": [Stage(0, "all")], "one_reducer": True, **USED_ONLY},
+    "sharded": {**EXACT, **SHARDED},
+    "sharded, accumulation, clipping": {**EXACT, **ACCUMULATED, **SHARDED},
+    "sharded, adamw": {"double": True, **SHARDED},
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "used only": {"ddp_find_unused_parameters": False},
-    "checkpointed used only": CHECKPOINTING,
-    "sampled used only": {"stages": SAMPLED, "ddp_find_unused_parameters": False},
+    "one reducer, used only": {"one_reducer": True, **USED_ONLY},
+    "one reducer, checkpointed": {"one_reducer": True, **CHECKPOINTING},
+    "one reducer, sampled": {"one_reducer": True, "stages": SAMPLED, **USED_ONLY},
     "static": {"ddp_static_graph": True},
     "late": {"late": True},
 }
 CRASH = {"dropout": True, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+# AdamW, which keeps state; saved at each step, and gone on from one
+SAVED = {"double": True, **SHARDED, "save_strategy": "steps", "save_steps": 1}
+RESUMED = {**SAVED, "save_strategy": "no", "resume": "sharded, uncrashed"}
+BOUNDARIES = (1, 3, 5)  # in the first stage, in the second, where the last one begins
 SCENARIOS: dict[str, dict[str, Any]] = {
     **EQUAL,
     **REFUSED,
     "naive": {**EXACT, "naive": True},
+    "sharded, uncrashed": SAVED,
     "uncrashed": CRASH,
     "killed": {**CRASH, "kill_at": 3},  # in the middle of the second stage
     "resumed": {**CRASH, "resume": "killed"},
+    **{f"sharded, resumed from {step}": {**RESUMED, "at": f"checkpoint-{step}"} for step in BOUNDARIES},
 }
 
 
@@ -147,23 +173,70 @@ def loop(folder: Path) -> dict[str, Any]:
 
 
 def refused_loop(folder: Path) -> dict[str, Any]:
-    """Passes a model that Accelerate has not wrapped, then one that DDP waits for."""
-    model = tiny_bert()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rest = (optimizer, get_scheduler("constant", optimizer), 6)
+    """Passes models that are wrapped by nothing, by DDP whose hook has a memory of its own, and by FSDP flattened."""
+    bare, hooked, flattened = tiny_bert(), DistributedDataParallel(tiny_bert()), fsdp1(tiny_bert(), original=False)
+    hooked.register_comm_hook({"errors": {}}, default_hooks.allreduce_hook)
     errors = []
-    for wrap in (lambda model: model, Accelerator(cpu=True).prepare):
+    for model in (bare, hooked, flattened):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         try:
-            attach_schedule(UnfreezeSchedule(STAGES), wrap(model), *rest)
+            attach_schedule(UnfreezeSchedule(STAGES), model, optimizer, get_scheduler("constant", optimizer), 6)
         except ScheduleError as error:
             errors.append(str(error))
-    return {"errors": errors, "trains": all(parameter.requires_grad for parameter in model.parameters())}
+    trains = [parameter.requires_grad for model in (bare, hooked, flattened) for parameter in model.parameters()]
+    return {"errors": errors, "trains": all(trains)}
+
+
+def hooked_loop(folder: Path) -> dict[str, Any]:
+    """Counts in DDP's communication hook what is averaged at each step, and in the model what trains."""
+    model, averaged = DistributedDataParallel(make_model(STAGES, dropout=False, double=False)), []
+
+    def hook(state, bucket):  # torch looks at the annotations, and takes no strings
+        averaged.append(bucket.buffer().numel())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, hook)
+    seen = plain_loop(model, STAGES, RANK, WORLD, lambda model: (sum(averaged), averaged.clear(), trainable(model)))
+    return {"averaged": [count for count, *_ in seen[:-1]], "trains": [count for *_, count in seen[:-1]]}
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def flattened_loop(folder: Path) -> dict[str, Any]:
+    """FSDP1, which flattens what trains and what does not into one parameter."""
+    model = make_model(STAGES, dropout=False, double=False)
+    return {"weights": plain_loop(fsdp1(model, True) if WORLD > 1 else model, STAGES, RANK, WORLD, gathered)}
+
+
+def low_loop(folder: Path) -> dict[str, Any]:
+    """FSDP2 that computes in bfloat16, and averages and trains in single precision."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fsdp2(make_model(STAGES, dropout=False, double=False), WORLD, policy)
+    return {"dtypes": plain_loop(model, STAGES, RANK, WORLD, dtypes_of_gradients)[:-1]}
+
+
+def dtypes_of_gradients(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: parameter.grad.dtype for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def run(folder: Path, name: str) -> dict[str, Any]:
     """Trains on this process's share of the batches; returns what happened."""
     options = dict(SCENARIOS[name])
-    stages, resume, late = options.pop("stages", STAGES), options.pop("resume", None), options.pop("late", False)
+    with ExitStack() as mocks:
+        if options.pop("one_reducer", False):  # a mock: stands for a torch that makes reducers in another way
+            mocks.enter_context(patch("hf_freeze.callbacks.can_rebuild", return_value=False))
+        if WORLD == 1:
+            options = {key: value for key, value in options.items() if not key.startswith("fsdp")}
+        elif "fsdp" in options:
+            mocks.enter_context(fsdp_on_cpu())
+        return train(folder, name, options)
+
+
+def train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    stages, late, runs = options.pop("stages", STAGES), options.pop("late", False), options.pop("runs", 1)
+    resume, at = options.pop("resume", None), options.pop("at", None)
     model = make_model(stages, options.pop("dropout", False), options.pop("double", False))
     accumulation = options.pop("gradient_accumulation_steps", 1) if WORLD > 1 else 1
     callback, watch, kill = StagedUnfreezing(stages), Watch(), KillAt(options.pop("kill_at", None))
@@ -183,16 +256,24 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     if late:
         trainer.add_callback(callback)
     trainer.train_dataset = rows(3 * BATCH)
-    trainer.train(resume_from_checkpoint=resume is not None)
+    for _ in range(runs):
+        trainer.train(resume_from_checkpoint=str(folder / resume / at) if at else resume is not None)
+    watch.weights = [whole(weights) for weights in watch.weights]
     return {
         "weights": watch.weights,
         "moved": watch.moved,
         "losses": losses(trainer),
-        "optimizer": optimizer_state(trainer),
+        "optimizer": whole(optimizer_state(trainer)),
     }
 
 
-LOOPS = {"loop": loop, "refused loop": refused_loop}
+LOOPS = {
+    "loop": loop,
+    "refused loop": refused_loop,
+    "hooked loop": hooked_loop,
+    "flattened loop": flattened_loop,
+    "low precision loop": low_loop,
+}
 
 
 def main(folder: str, *names: str) -> None:
@@ -205,4 +286,6 @@ def main(folder: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
     main(*sys.argv[1:])
+    torch.distributed.destroy_process_group()  # without it a process may abort as it ends

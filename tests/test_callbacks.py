@@ -429,7 +429,6 @@ def test_a_loss_that_is_scaled_rightly_or_that_can_not_be_told_is_not_warned_of(
     [
         ("n_gpu", 2, r"under DataParallel, on 2 GPUs.*torchrun --nproc-per-node 2"),
         ("deepspeed", "zero.json", r"DeepSpeed fixes what trains when it starts, and stages change it. Use DDP"),
-        ("fsdp", True, r"not carried out under FSDP so far. Use DDP"),
     ],
 )
 def test_what_stages_can_not_be_carried_out_in_is_refused_before_anything_is_changed(

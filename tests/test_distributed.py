@@ -13,10 +13,22 @@ import ranks
 import torch
 from filelock import FileLock
 from torch import nn
-from training import differing
+from torch.nn.parallel import DistributedDataParallel
+from training import differing, tiny_bert
 
-from hf_freeze.distributed import DDP, DEEPSPEED, FSDP, Launch, module_launch, require_supported
+from hf_freeze import layer_map, select
+from hf_freeze.distributed import (
+    DDP,
+    DEEPSPEED,
+    FSDP1,
+    FSDP2,
+    Launch,
+    module_launch,
+    require_resumable,
+    require_supported,
+)
 from hf_freeze.errors import ScheduleError
+from hf_freeze.reducer import can_rebuild, torch_can_rebuild
 
 
 def launch(processes: int, folder: Path, *names: str) -> subprocess.CompletedProcess:
@@ -43,7 +55,9 @@ def two(tmp_path_factory) -> Path:
     with FileLock(f"{folder}.lock"):  # the workers of pytest-xdist share it
         if not folder.exists():
             folder.mkdir()
-            done = launch(2, folder, *ranks.EQUAL, *ranks.REFUSED, "uncrashed", "naive", *ranks.LOOPS)
+            resumed = [f"sharded, resumed from {step}" for step in ranks.BOUNDARIES]
+            loose = ["uncrashed", "naive", *ranks.LOOPS, "sharded, uncrashed", *resumed]
+            done = launch(2, folder, *ranks.EQUAL, *ranks.REFUSED, *loose)
             assert done.returncode == 0, done.stderr
     return folder
 
@@ -57,15 +71,22 @@ def farthest(one: list[dict], other: list[dict]) -> float:
     )
 
 
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 # Ranks, and one process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ranks.EQUAL, "uncrashed"])
+@pytest.mark.parametrize("name", [*ranks.EQUAL, "uncrashed", "sharded, uncrashed"])
 def test_after_each_step_the_ranks_are_bit_identical(two, name):
     first, second = seen(two, name)
-    assert len(first["weights"]) == 7
-    assert [differing(*pair) for pair in zip(first["weights"], second["weights"], strict=True)] == [[]] * 7
+    assert len(first["weights"]) == 7 * ranks.SCENARIOS[name].get("runs", 1)
+    assert not any(differing(*pair) for pair in zip(first["weights"], second["weights"], strict=True))
     assert differing(first["optimizer"], second["optimizer"]) == []
 
 
@@ -137,7 +158,80 @@ def test_a_raw_loop_that_would_go_wrong_is_refused_and_its_model_is_left_as_it_w
     for rank in seen(two, "refused loop"):
         assert "Pass the model that accelerator.prepare(model) has returned" in rank["errors"][0]
         assert "pass it to the Accelerator by DistributedDataParallelKwargs" in rank["errors"][1]
-        assert len(rank["errors"]) == 2 and rank["trains"]
+        assert "fsdp_config={'version': 2}, which is FSDP2, or use_orig_params=True" in rank["errors"][2]
+        assert len(rank["errors"]) == 3 and rank["trains"]
+
+
+# A reducer for each stage
+
+
+@pytest.mark.slow
+def test_what_is_frozen_is_not_averaged_and_communication_hooks_are_kept(two):
+    for rank in seen(two, "hooked loop"):
+        assert rank["averaged"] == rank["trains"]
+        assert len(set(rank["trains"])) == len(ranks.STAGES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"static_graph": True}, {"mixed_precision": object()}, {"_comm_hooks": [(print, {"errors": {}})]}],
+)
+def test_a_reducer_is_left_alone_where_another_would_lack_what_was_set_on_it(options, one_process_group):
+    ddp = DistributedDataParallel(nn.Linear(2, 2))
+    assert can_rebuild(ddp)
+    vars(ddp).update(options)
+    assert not can_rebuild(ddp)
+
+
+def test_a_builtin_hook_can_not_be_registered_again_so_that_its_reducer_stays(one_process_group):
+    ddp = DistributedDataParallel(nn.Linear(2, 2))
+    ddp._register_builtin_comm_hook(torch.distributed.BuiltinCommHookType.FP16_COMPRESS)
+    assert not can_rebuild(ddp)
+
+
+@pytest.mark.parametrize("method", ["_ddp_init_helper", "_build_params_for_reducer"])
+def test_a_torch_that_makes_reducers_in_another_way_is_told(monkeypatch, method):
+    assert torch_can_rebuild()
+    monkeypatch.delattr(DistributedDataParallel, method)  # a mock: there is no such torch yet
+    assert not torch_can_rebuild()
+
+
+# Shards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ranks.BOUNDARIES)
+def test_a_sharded_run_resumes_bit_identical_where_some_of_it_has_no_optimizer_state_yet(two, step):
+    for resumed, uncrashed in zip(
+        seen(two, f"sharded, resumed from {step}"), seen(two, "sharded, uncrashed"), strict=True
+    ):
+        assert len(resumed["weights"]) == 7 - step
+        assert not any(map(differing, resumed["weights"], uncrashed["weights"][step:]))
+        assert differing(resumed["optimizer"], uncrashed["optimizer"]) == []
+
+
+@pytest.mark.slow
+def test_flattened_parameters_of_which_a_part_trains_are_one_process_too(two, tmp_path):
+    alone, (first, second) = ranks.flattened_loop(tmp_path), seen(two, "flattened loop")
+    assert not any(map(differing, first["weights"], second["weights"]))
+    for sharded, own in zip(first["weights"], alone["weights"], strict=True):  # FSDP1 renames what it wraps
+        assert max((a - b).abs().max().item() for a, b in zip(sharded.values(), own.values(), strict=True)) < 1e-6
+
+
+@pytest.mark.slow
+def test_what_was_wholly_frozen_trains_in_mixed_precision_too(two):
+    head, top, bottom = (set(select(layer_map(tiny_bert()), part)) for part in ("head", "layers[-1]", "layers[0]"))
+    all_stages = select(layer_map(tiny_bert()), "embeddings, head, layers[0], layers[-1]")
+    for rank in seen(two, "low precision loop"):
+        assert [set(own.values()) for own in rank["dtypes"]] == [{torch.float32}] * 6
+        assert [set(own) for own in rank["dtypes"]] == [
+            head,
+            head,
+            head | top,
+            head | top,
+            top | bottom,
+            set(all_stages),
+        ]
 
 
 # Refusals
@@ -147,9 +241,9 @@ def test_a_raw_loop_that_would_go_wrong_is_refused_and_its_model_is_left_as_it_w
 @pytest.mark.parametrize(
     ("name", "mend"),
     [
-        ("used only", "set ddp_find_unused_parameters=True"),
-        ("checkpointed used only", "Checkpoint activations with use_reentrant=False"),
-        ("sampled used only", "set ddp_find_unused_parameters=True"),
+        ("one reducer, used only", "set ddp_find_unused_parameters=True"),
+        ("one reducer, checkpointed", "Checkpoint activations with use_reentrant=False"),
+        ("one reducer, sampled", "set ddp_find_unused_parameters=True"),
         ("static", "Leave static_graph out"),
         ("late", "make a new Trainer, with the callback in `callbacks=`"),
     ],
@@ -166,8 +260,22 @@ ON_DDP = Launch(DDP)
     ("launch", "held", "message"),
     [
         (Launch(devices=2), ALL, r"DataParallel, on 2 GPUs.*torchrun --nproc-per-node 2; or set CUDA_VISIBLE_DEVICES"),
-        (Launch(DEEPSPEED), ALL, r"DeepSpeed fixes what trains when it starts.*Use DDP; or train each stage in a run"),
-        (Launch(FSDP), ALL, r"not carried out under FSDP so far. Use DDP; or train each stage.*freeze\(model, ...\)"),
+        (
+            Launch(DEEPSPEED),
+            ALL,
+            r"DeepSpeed fixes what trains when it starts.*Use DDP or FSDP2; or train each stage in a run",
+        ),
+        (
+            Launch(FSDP1, original=False),
+            ALL,
+            r"has flattened together.*'version': 2}, which is FSDP2, or use_orig_params",
+        ),
+        (Launch(FSDP1), HEAD, r"'layer' and 0 more are scheduled but were frozen when FSDP wrapped the model"),
+        (
+            Launch("MEGATRON_LM"),
+            ALL,
+            r"not carried out under MEGATRON_LM so far. Use DDP or FSDP2.*freeze\(model, ...\)",
+        ),
         (replace(ON_DDP, static_graph=True), ALL, r"static_graph forbids it. Leave static_graph out"),
         (replace(ON_DDP, find_unused=False), ALL, r"find_unused_parameters: set ddp_find_unused_parameters=True"),
         (ON_DDP, HEAD, r"'layer' and 0 more are scheduled but were frozen when DDP wrapped the model.*Unfreeze them"),
@@ -178,9 +286,26 @@ def test_what_stages_can_not_be_carried_out_in_is_refused_with_the_mend(launch, 
         require_supported(launch, held, ALL, changes=True)
 
 
-@pytest.mark.parametrize("launch", [Launch(), Launch(find_unused=False), ON_DDP])
-def test_one_process_and_ddp_are_not(launch):
-    require_supported(launch, ALL, ALL, changes=True)
+@pytest.mark.parametrize("launch", [Launch(), Launch(find_unused=False), ON_DDP, Launch(FSDP1), Launch(FSDP2)])
+def test_one_process_and_ddp_and_fsdp_are_not(launch):
+    require_supported(launch, ALL, ALL, changes=True, rates=True)
+
+
+def test_where_the_reducer_is_made_anew_it_matters_not_what_the_first_one_held():
+    require_supported(replace(ON_DDP, find_unused=False, rebuilds=True), HEAD, ALL, changes=True)
+
+
+def test_deepspeed_carries_one_stage_out_at_the_trainers_own_rates():
+    require_supported(Launch(DEEPSPEED), ALL, ALL, changes=False)
+    with pytest.raises(ScheduleError, match="Leave out lr, layer_decay and warmup; learning_rate"):
+        require_supported(Launch(DEEPSPEED), ALL, ALL, changes=False, rates=True)
+
+
+def test_flattened_shards_do_not_resume():
+    require_resumable(Launch(FSDP1), step=0)
+    require_resumable(Launch(FSDP2), step=3)
+    with pytest.raises(ScheduleError, match=r"can't go on from step 3. Use FSDP2"):
+        require_resumable(Launch(FSDP1), step=3)
 
 
 @pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused": False}])
@@ -190,11 +315,12 @@ def test_where_all_that_ddp_holds_trains_at_each_step_nothing_is_asked_of_it(opt
         require_supported(replace(ON_DDP, **options), ALL, HEAD, changes=False)
 
 
-@pytest.mark.parametrize("base", ["DeepSpeedEngine", "FSDPModule", "FullyShardedDataParallel"])
-def test_what_wraps_a_loops_model_is_told_by_its_class(base):
+@pytest.mark.parametrize(
+    ("base", "kind"), [("DeepSpeedEngine", DEEPSPEED), ("FSDPModule", FSDP2), ("FullyShardedDataParallel", FSDP1)]
+)
+def test_what_wraps_a_loops_model_is_told_by_its_class(base, kind):
     wrapper = type("Wrapped", (type(base, (nn.Module,), {}),), {})()  # DeepSpeed need not be installed
-    with pytest.raises(ScheduleError, match="Use DDP"):
-        require_supported(module_launch(wrapper), ALL, ALL, changes=True)
+    assert module_launch(wrapper) == Launch(kind)
     with pytest.raises(ScheduleError, match="DataParallel, on 2 GPUs"):
         require_supported(module_launch(nn.DataParallel(nn.Linear(1, 1))), ALL, ALL, changes=True)
     assert module_launch(nn.Linear(1, 1)) == Launch()
