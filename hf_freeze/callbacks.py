@@ -18,7 +18,15 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length, unwrap_peft_model
 
-from .distributed import DDP, DEEPSPEED, require_supported, requiring_grad, trainer_launch, unwrap_model
+from .distributed import (
+    DDP,
+    DEEPSPEED,
+    require_resumable,
+    require_supported,
+    requiring_grad,
+    trainer_launch,
+    unwrap_model,
+)
 from .engine import StageEngine
 from .reducer import Wrapper, can_rebuild, torch_can_rebuild, watch_wrapping
 from .resuming import compare, load_best, recorded, require_evaluations, warn_of_unmeasured
@@ -93,6 +101,7 @@ class StagedUnfreezing(TrainerCallback):
         launch = trainer_launch(args, model, rebuilds=wrapper is not None and can_rebuild(wrapper))
         require_evaluations(engine.stages, args, launch)
         require_supported(launch, requiring_grad(model), engine.union, engine.changes, engine.rated)
+        require_resumable(launch, state.global_step)
         if engine is not self.engine:
             engine.prepare()
             self.engine = engine
