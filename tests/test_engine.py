@@ -286,10 +286,10 @@ def test_saved_and_loaded_at_any_step_a_loop_begins_its_stages_where_it_would_ha
     assert moved == expected and differing(found, uncrashed) == []
 
 
-def waits_for(*starts):
+def waits_for(*starts, first=Stage(0, "head")):  # noqa: B008  (frozen)
     model = tiny_bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    schedule = UnfreezeSchedule([Stage(0, "head"), *(Stage(start, "layers") for start in starts)])
+    schedule = UnfreezeSchedule([first, *(Stage(start, "layers") for start in starts)])
     return attach_schedule(schedule, model, optimizer, get_scheduler("constant", optimizer), STEPS)
 
 
@@ -301,6 +301,15 @@ def test_report_returns_the_stage_that_begins_and_asks_for_nothing_when_none_wai
         found.append(engine.report({"eval_loss": loss}))
     assert [stage and stage.step for stage in found] == [None, None, 3, None]
     assert engine.report({}) is None and engine.awaited == ()
+
+
+def test_a_stage_that_begins_where_layers_were_to_be_drawn_anew_takes_their_place():
+    engine = waits_for(on_plateau("eval_loss"), first=Stage(0, "head, layers", sample=Sample(layers=1, steps=2)))
+    for _ in range(2):
+        engine.step()
+        engine.report({"eval_loss": 1.0})
+    assert [stage.step for stage in engine.planned] == [0, 2]
+    assert trains(engine.model) == set(select(engine.model, "head, layers"))
 
 
 def test_a_report_without_what_is_waited_for_is_refused():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,20 @@ def test_resumed_from_any_checkpoint_the_run_is_the_uncrashed_one(uncrashed, ste
     assert differing(weights(resumed.model), weights(trainer.model)) == []
     assert differing(optimizer_state(resumed), optimizer_state(trainer)) == []
     assert losses(resumed) == losses(trainer)
+
+
+@pytest.mark.parametrize("resume", [None, 4, 5])
+def test_it_is_the_run_whose_stage_was_to_begin_at_that_step_also_resumed_between_two_evaluations(tmp_path, resume):
+    stage = Stage(on_plateau("eval_loss", greater_is_better=True), "layers[-1]", lr=0.02, warmup=3)
+    expected, _ = trained(tmp_path / "fixed", [STAGES[0], replace(stage, start="4 steps")], eval_steps=2)
+    folder = tmp_path / "waiting"
+    trainer, callback = trained(folder, [STAGES[0], stage], eval_steps=2)
+    if resume:
+        trainer, callback = trained(folder, [STAGES[0], stage], eval_steps=2, resume=resume)
+    assert starts(callback) == [0, 4]
+    assert differing(weights(trainer.model), weights(expected.model)) == []
+    assert differing(optimizer_state(trainer), optimizer_state(expected)) == []
+    assert losses(trainer) == losses(expected)
 
 
 def test_a_stage_that_restores_begins_with_the_best_weights_and_the_optimizers_state(tmp_path):
