@@ -7,11 +7,15 @@ first, and that the metric has stopped improving is measured and not made up.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+import waiting
 from peft import get_peft_model
 from training import Watch, differing, losses, make_trainer, optimizer_state, tiny_bert, weights
 from transformers import TrainerState
@@ -344,3 +348,26 @@ def test_a_preset_sees_in_a_new_trainer_the_model_that_it_saw_in_the_first(tmp_p
         resumed, _ = trained(tmp_path / "stopped", schedule, model=models[1], eval_strategy="no", resume=2)
     assert differing(weights(resumed.model), weights(expected.model)) == []
     assert losses(resumed) == losses(expected)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_on_two_processes_all_ranks_change_stages_alike_and_as_one_process_does(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, waiting.__file__, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = waiting.happened(tmp_path / "alone")
+    for rank in (first, second):
+        assert (rank["starts"], rank["again"], rank["reported"]) == ([0, 2], [0, 2], 3)
+        gone_back, *later = rank["resumed"]
+        assert differing(gone_back, rank["weights"][1]) == []
+        assert [differing(*pair) for pair in zip(later, rank["weights"][3:], strict=True)] == [[]] * 4
+    assert [differing(*pair) for pair in zip(first["weights"], second["weights"], strict=True)] == [[]] * 7
+    for step in range(7):
+        torch.testing.assert_close(first["weights"][step], alone["weights"][step], rtol=0, atol=1e-6)
