@@ -17,10 +17,12 @@ from hf_freeze import (
     FreezeError,
     Stage,
     UnfreezeSchedule,
+    attach_schedule,
     errors,
     freeze,
     freeze_until,
     layer_map,
+    on_plateau,
     select,
     unfreeze,
 )
@@ -53,6 +55,12 @@ def attached(model, parameters, lr=1.0, scheduler=None):
     optimizer = torch.optim.SGD(parameters, lr=lr)
     scheduler = (scheduler or torch.optim.lr_scheduler.LambdaLR)(optimizer, lambda step: 1.0)
     StageEngine(model, [Stage(0, "head")]).attach(optimizer, scheduler, 10, 5)
+
+
+def waiting(model, start):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return attach_schedule(UnfreezeSchedule([Stage(0, "head"), Stage(start, "all")]), model, optimizer, scheduler, 10)
 
 
 def plateau(optimizer, _):
@@ -149,6 +157,30 @@ SCHEDULING = [
         lambda m: planned(m, Stage(0, "head"), Stage(1, "layers"), steps_per_epoch=None),
         "The stage at 1 counts epochs",
         "Write '100 steps' or '30%'",
+    ),
+    (lambda m: on_plateau(""), "metric=''", "e.g. 'eval_loss'"),
+    (lambda m: on_plateau("eval_loss", patience=0), "patience=0", "a number of evaluations from 1"),
+    (lambda m: on_plateau("eval_loss", min_delta=-1), "min_delta=-1", "a number from 0"),
+    (lambda m: on_plateau("eval_loss", restore_best=1), "restore_best=1", "write True or False"),
+    (
+        lambda m: UnfreezeSchedule([Stage(0, "head"), Stage(on_plateau("eval_loss"), "layers"), Stage(2, "all")]),
+        "The stage at 2 stands behind one at on_plateau('eval_loss')",
+        "Put it before that one, or start it on a plateau too",
+    ),
+    (
+        lambda m: UnfreezeSchedule.from_yaml("stages: [{start: {plateu: eval_loss}, unfreeze: head}]"),
+        "start={'plateu': 'eval_loss'}",
+        "{plateau: eval_loss, patience: 2}",
+    ),
+    (
+        lambda m: waiting(m, on_plateau("eval_loss")).report({"loss": 1.0}),
+        "A stage waits for 'eval_loss', and loss was reported",
+        "Report it, or name in on_plateau what you report",
+    ),
+    (
+        lambda m: waiting(m, on_plateau("eval_loss", restore_best=True)),
+        "restore_best in the stage at on_plateau('eval_loss', restore_best=True) needs the Trainer's checkpoints",
+        "Leave it out, and load the best weights yourself",
     ),
     (lambda m: planned(m, Stage(0, "hat")), "'hat' names no segment", PARTS),
     (
@@ -326,7 +358,11 @@ def provoked():
 
 
 @pytest.mark.parametrize(
-    "room", ["layers", "selectors", "freezing", "stages", "timetable", "presets", "schedules", "optim", "engine"]
+    "room",
+    [
+        *("layers", "selectors", "freezing", "conditions", "stages", "timetable", "presets", "schedules"),
+        *("optim", "engine"),
+    ],
 )
 def test_every_error_of_the_core_has_a_row(room):
     assert raised_in(room) and raised_in(room) <= provoked()
