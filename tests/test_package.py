@@ -145,6 +145,7 @@ def test_the_list_names_every_file_and_nothing_else():
         ("layers", {"torch"}),
         ("selectors", {"torch"}),
         ("freezing", {"torch", "rich"}),
+        ("conditions", set()),
         ("schedules", {"torch", "yaml"}),
         ("engine", {"torch"}),
     ],
