@@ -104,6 +104,21 @@ def test_resumed_from_any_checkpoint_the_run_is_the_uncrashed_one(uncrashed, ste
     assert losses(resumed) == losses(trainer)
 
 
+def test_at_the_step_at_which_a_stage_restores_a_resumed_run_goes_back_too(uncrashed):
+    (_, _, watch), run = uncrashed
+    *_, resumed = run(resume=3, save_strategy="best")
+    assert differing(watch.weights[3], watch.weights[1]) != []
+    assert differing(resumed.weights[0], watch.weights[1]) == []
+
+
+def test_a_second_run_in_the_same_trainer_waits_again(tmp_path):
+    watch = Watch()
+    trainer, callback = trained(tmp_path, STAGES[:2], watch, steps=4)
+    trainer.train()
+    assert starts(callback) == [0, 3]
+    assert [len(rates) for rates in watch.rates] == [2, 2, 2, 18] * 2
+
+
 @pytest.mark.parametrize("resume", [None, 4, 5])
 def test_it_is_the_run_whose_stage_was_to_begin_at_that_step_also_resumed_between_two_evaluations(tmp_path, resume):
     stage = Stage(on_plateau("eval_loss", greater_is_better=True), "layers[-1]", lr=0.02, warmup=3)
@@ -328,10 +343,18 @@ def test_a_condition_that_was_changed_is_told_and_one_that_was_met_is_not():
 # A run that was interrupted, and a new Trainer over the same model
 
 
-@pytest.mark.parametrize("name", ["gradual", "bottom_up", "chain_thaw"])
+BY_LAYERS = "{{name: {}, epochs_per_stage: 0.34}}"
+PRESETS = {
+    **{name: BY_LAYERS.format(name) for name in ("gradual", "bottom_up", "chain_thaw")},
+    "lp_ft": "{name: lp_ft}",
+    "lisa": "{name: lisa, layers: 1, steps: 3}",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sees_in_a_new_trainer_the_model_that_it_saw_in_the_first(tmp_path, name):
     """And the run that it resumes is the one that was not interrupted."""
-    schedule = UnfreezeSchedule.from_yaml(f"preset: {{name: {name}, epochs_per_stage: 0.34}}")
+    schedule = UnfreezeSchedule.from_yaml(f"preset: {PRESETS[name]}")
 
     class StopAt(Watch):
         def on_step_begin(self, args, state, control, **kwargs):
