@@ -13,7 +13,6 @@ import ranks
 import torch
 from filelock import FileLock
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from training import differing, tiny_bert
 
 from hf_freeze import layer_map, select
@@ -28,7 +27,6 @@ from hf_freeze.distributed import (
     require_supported,
 )
 from hf_freeze.errors import ScheduleError
-from hf_freeze.reducer import can_rebuild, torch_can_rebuild
 
 
 def launch(processes: int, folder: Path, *names: str) -> subprocess.CompletedProcess:
@@ -69,13 +67,6 @@ def farthest(one: list[dict], other: list[dict]) -> float:
         for before, after in zip(one, other, strict=True)
         for name in before
     )
-
-
-@pytest.fixture
-def one_process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 # Ranks, and one process
@@ -170,30 +161,6 @@ def test_what_is_frozen_is_not_averaged_and_communication_hooks_are_kept(two):
     for rank in seen(two, "hooked loop"):
         assert rank["averaged"] == rank["trains"]
         assert len(set(rank["trains"])) == len(ranks.STAGES)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"static_graph": True}, {"mixed_precision": object()}, {"_comm_hooks": [(print, {"errors": {}})]}],
-)
-def test_a_reducer_is_left_alone_where_another_would_lack_what_was_set_on_it(options, one_process_group):
-    ddp = DistributedDataParallel(nn.Linear(2, 2))
-    assert can_rebuild(ddp)
-    vars(ddp).update(options)
-    assert not can_rebuild(ddp)
-
-
-def test_a_builtin_hook_can_not_be_registered_again_so_that_its_reducer_stays(one_process_group):
-    ddp = DistributedDataParallel(nn.Linear(2, 2))
-    ddp._register_builtin_comm_hook(torch.distributed.BuiltinCommHookType.FP16_COMPRESS)
-    assert not can_rebuild(ddp)
-
-
-@pytest.mark.parametrize("method", ["_ddp_init_helper", "_build_params_for_reducer"])
-def test_a_torch_that_makes_reducers_in_another_way_is_told(monkeypatch, method):
-    assert torch_can_rebuild()
-    monkeypatch.delattr(DistributedDataParallel, method)  # a mock: there is no such torch yet
-    assert not torch_can_rebuild()
 
 
 # Shards
