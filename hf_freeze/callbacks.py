@@ -54,8 +54,9 @@ class StagedUnfreezing(TrainerCallback):
 
     Raises:
         ScheduleError: when the Trainer is made: several processes or devices otherwise than by DDP with
-            ``find_unused_parameters``, a stage in which nothing trains; when training begins: a scheduler without
-            lambdas, a scheduled parameter that the optimizer does not hold, or stages that do not fit the run.
+            ``find_unused_parameters``, a stage in which nothing trains, one that waits for evaluations that are not
+            made; when training begins: a scheduler without lambdas, a scheduled parameter that the optimizer does not
+            hold, stages that do not fit the run, or a checkpoint in which others trained.
 
     Example:
         >>> from hf_freeze import Stage
@@ -109,8 +110,8 @@ class StagedUnfreezing(TrainerCallback):
         if launch.kind == DEEPSPEED:  # one stage, at the Trainer's own rates: nothing to regroup
             return
         run = (state.max_steps, _steps_per_epoch(kwargs.get("train_dataloader"), args))
+        compare(state, recorded(engine.stages, *run, engine.union), loaded=bool(kwargs["optimizer"].state))
         engine.attach(kwargs["optimizer"], kwargs["lr_scheduler"], *run, history=state.log_history)
-        compare(state, recorded(engine.stages, *run))
         self._enter(state, model)
 
     def on_step_begin(

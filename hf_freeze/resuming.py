@@ -13,9 +13,10 @@ again, wherever the checkpoint lies. A Trainer without the callback carries it a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from itertools import takewhile, zip_longest
 from pathlib import Path
@@ -35,35 +36,53 @@ from .timetable import first_steps
 
 RECORD = "hf_freeze"  # not the name of a callback: the Trainer would make a callback of that name from it
 
-Recorded = list[dict[str, Any]]
+Recorded = dict[str, Any]
 
 
-def recorded(stages: Sequence[Stage], total_steps: int, steps_per_epoch: float | None) -> Recorded:
-    """Returns what stages are on a run: the step at which each begins, or what it waits for, and what it says."""
+def recorded(
+    stages: Sequence[Stage], total_steps: int, steps_per_epoch: float | None, union: Collection[str]
+) -> Recorded:
+    """Returns what a schedule is on a run: for each stage the step at which it begins, or what it waits for, and what
+    it says; and which parameters they train all together, as a digest.
+    """
     known = first_steps(stages, total_steps, steps_per_epoch)
-    written = [stage.written() for stage in stages]
-    return [
-        {**own, "start": f"{step} steps"} if step is not None else own
-        for own, step in zip_longest(written, known, fillvalue=None)
-        if own is not None
-    ]
+    starts = [*({"start": f"{step} steps"} for step in known), *({} for _ in stages[len(known) :])]
+    return {
+        "stages": [{**stage.written(), **start} for stage, start in zip(stages, starts, strict=True)],
+        "parameters": hashlib.sha256("\n".join(sorted(union)).encode()).hexdigest(),
+    }
 
 
-def compare(state: TrainerState, own: Recorded) -> None:
-    """Tells where a checkpoint's schedule is another than this run's, and records this run's in its place."""
+def compare(state: TrainerState, own: Recorded, loaded: bool) -> None:
+    """Tells where a checkpoint's schedule is another than this run's, and records this run's in its place.
+
+    Args:
+        state: The Trainer's state, as it was resumed.
+        own: What this run's schedule is, as `recorded` returns it.
+        loaded: Whether the optimizer has got its state from the checkpoint.
+
+    Raises:
+        ScheduleError: the optimizer has, and other parameters have trained there. They are as many, and of the same
+            shapes, or torch had refused them: each would go on with the moments of another.
+    """
     before = state.stateful_callbacks.get(RECORD)
     state.stateful_callbacks[RECORD] = own
-    if not isinstance(before, list):  # a run that begins, or a checkpoint that was written without the callback
+    if not isinstance(before, dict):  # a run that begins, or a checkpoint that was written without the callback
         return
-    for number, (was, now) in enumerate(zip_longest(before, own), start=1):
-        if was != now and state.is_world_process_zero:
-            warnings.warn(
-                f"The schedule has changed since the checkpoint at step {state.global_step}: stage {number} was "
-                f"{_said(was)} and is {_said(now)}. The run goes on with the schedule as it is now.",
-                stacklevel=2,
-            )
-        if was != now:
-            return
+    pairs = enumerate(zip_longest(before["stages"], own["stages"]), start=1)
+    changes = [
+        f"The schedule has changed since the checkpoint at step {state.global_step}: stage {number} was {_said(was)} "
+        f"and is {_said(now)}."
+        for number, (was, now) in pairs
+        if was != now
+    ]
+    if changes and loaded and before["parameters"] != own["parameters"]:
+        raise ScheduleError(
+            f"{changes[0]} It trains other parameters, which the checkpoint's optimizer does not know. Start a new run "
+            f"from the checkpoint's weights."
+        )
+    if changes and state.is_world_process_zero:
+        warnings.warn(f"{changes[0]} The run goes on with the schedule as it is now.", stacklevel=2)
 
 
 def _said(stage: Any) -> str:

@@ -261,6 +261,7 @@ def test_weights_are_loaded_from_one_file_or_many(tmp_path, size):
 
 # A schedule that was changed between two runs
 
+UNION = ["classifier.weight"]
 BEFORE = [Stage(0, "head"), Stage("2 steps", "layers[-1]", lr=0.02), Stage("3 steps", freeze="head")]
 PLAIN = {"steps": 4, "eval_strategy": "no"}
 
@@ -319,6 +320,25 @@ def test_a_changed_schedule_is_told_once(tmp_path):
         trained(tmp_path, changed, resume=3, **PLAIN)
 
 
+@pytest.mark.parametrize(
+    ("optim", "after", "message"),
+    [
+        (
+            "adamw_torch",
+            "layers[0]",
+            r"stage 2 was {.*\[-1\].* is {.*\[0\].*It trains other parameters.*Start a new run",
+        ),
+        ("adamw_torch", "layers[1:]", r"doesn't match the size of optimizer's group"),  # torch's own, as it loads
+        ("sgd", "layers[0]", None),  # keeps nothing for a parameter
+    ],
+)
+def test_no_parameter_goes_on_with_the_moments_of_another(tmp_path, optim, after, message):
+    changed = [BEFORE[0], Stage("2 steps", after, lr=0.02), BEFORE[2]]
+    trained(tmp_path, BEFORE, optim=optim, **PLAIN)
+    with pytest.raises(ValueError, match=message) if message else pytest.warns(UserWarning, match="has changed"):
+        trained(tmp_path, changed, optim=optim, resume=3, **PLAIN)
+
+
 def test_the_record_outlives_a_trainer_without_the_callback_and_a_checkpoint_without_one_is_passed_over(tmp_path):
     everything = [Stage(0, "all")]
     make_trainer(tmp_path / "plain", steps=4, **SAVING).train()
@@ -332,12 +352,12 @@ def test_the_record_outlives_a_trainer_without_the_callback_and_a_checkpoint_wit
 
 def test_a_condition_that_was_changed_is_told_and_one_that_was_met_is_not():
     stages = [Stage(0, "head"), Stage(on_plateau("eval_loss"), "layers")]
-    state = TrainerState(stateful_callbacks={"hf_freeze": json.loads(json.dumps(recorded(stages, 9, 3)))})
+    state = TrainerState(stateful_callbacks={"hf_freeze": json.loads(json.dumps(recorded(stages, 9, 3, UNION)))})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compare(state, recorded(stages, 9, 3))
+        compare(state, recorded(stages, 9, 3, UNION), loaded=True)
     with pytest.warns(UserWarning, match=r"stage 2 was {start: {'plateau': 'eval_loss'}.* is {start: .*'patience': 3}"):
-        compare(state, recorded([stages[0], Stage(on_plateau("eval_loss", 3), "layers")], 9, 3))
+        compare(state, recorded([stages[0], Stage(on_plateau("eval_loss", 3), "layers")], 9, 3, UNION), loaded=True)
 
 
 # A run that was interrupted, and a new Trainer over the same model
