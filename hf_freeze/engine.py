@@ -28,7 +28,7 @@ from .errors import ScheduleError
 from .freezing import freeze, unfreeze
 from .holding import hold_back, release
 from .layers import layer_map
-from .optim import Factor, Regrouping, regroup, require_lambdas, steps_at_once, unwrap
+from .optim import Factor, Regrouping, regroup, require_lambdas, require_steps, steps_at_once, unwrap
 from .reducer import reduce_what_trains
 from .schedules import UnfreezeSchedule
 from .sharding import read_anew
@@ -106,6 +106,7 @@ class StageEngine:
         """
         stride = steps_at_once(scheduler)
         optimizer, scheduler = unwrap(optimizer), unwrap(scheduler)
+        require_steps(optimizer)
         require_lambdas(scheduler)
         rates = self._own_rates(optimizer)
         rehearse(self.model, self.stages, rates, total_steps, steps_per_epoch)

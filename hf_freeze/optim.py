@@ -32,6 +32,10 @@ from .timetable import depth_from_top
 Factor = Callable[[int], float]
 Group = dict[str, Any]
 
+_APART = "hf_freeze_apart"  # in a checkpoint's group: what the groups that it was split into keep differently
+_COUNTERS = (int, float, torch.Tensor)
+# GaLore's and APOLLO's layer-wise forms are one class of transformers
+_WITHIN_BACKWARD = {"LayerWiseDummyOptimizer", "Lomo", "AdaLomo"}
 _HIDDEN = ("state_dict", "load_state_dict")  # methods of a scheduler, for the time that its optimizer is split
 
 
@@ -64,7 +68,7 @@ def regroup(
     for group, own, base in zip(optimizer.param_groups, scheduler.lr_lambdas, scheduler.base_lrs, strict=True):
         runs = [(key, list(run)) for key, run in groupby(group["params"], key=key_of)]
         # a group without parameters stays: the Trainer makes one where nothing that trains decays
-        groups += [{**group, "params": run} for _, run in runs] or [group]
+        groups += _split(group, [run for _, run in runs]) or [group]
         lambdas += [_scaled(own, factor_of(key)) for key, _ in runs] or [own]
         sizes.append(max(1, len(runs)))
         bases += [base] * sizes[-1]
@@ -118,17 +122,20 @@ class Regrouping:
         return list(values) if len(values) == len(self.sizes) else [values[start] for start in self.starts]
 
     def _merged(self, split: Sequence[Group]) -> list[Group]:
-        ends = (start + size for start, size in zip(self.starts, self.sizes, strict=True))
-        return [
-            {**split[start], "params": [p for group in split[start:end] for p in group["params"]]}
-            for start, end in zip(self.starts, ends, strict=True)
-        ]
+        return [{**parts[0], "params": [p for group in parts for p in group["params"]]} for parts in self._parts(split)]
+
+    def _parts(self, split: Sequence[Group]) -> list[Sequence[Group]]:
+        """Returns for each of the optimizer's own groups the groups that it is split into."""
+        return [split[start : start + size] for start, size in zip(self.starts, self.sizes, strict=True)]
 
     def _merge_state(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Post-hook of ``optimizer.state_dict()``: its own groups, each with the rate that it would have unsplit."""
         rates = _rates_now(self.scheduler, self._lambdas, self._bases)
-        merged = self._merged(state["param_groups"])
-        state["param_groups"] = [{**group, "lr": rate} for group, rate in zip(merged, rates, strict=True)]
+        split = state["param_groups"]
+        state["param_groups"] = [
+            {**group, "lr": rate, **_kept_apart(parts)}
+            for group, rate, parts in zip(self._merged(split), rates, self._parts(split), strict=True)
+        ]
         if is_sharded(self.optimizer):
             state["state"] = padded(self.optimizer, state["state"])
 
@@ -136,12 +143,10 @@ class Regrouping:
         """Pre-hook of ``optimizer.load_state_dict()``: splits what is loaded as the optimizer is split."""
         if len(state["param_groups"]) != len(self.sizes):
             return state  # torch says what is wrong
-        wholes = [group for group, size in zip(state["param_groups"], self.sizes, strict=True) for _ in range(size)]
-        params = iter([p for group in state["param_groups"] for p in group["params"]])
-        groups = [
-            {**whole, "params": [p for _, p in zip(own["params"], params, strict=False)]}
-            for whole, own in zip(wholes, optimizer.param_groups, strict=True)
-        ]
+        groups: list[Group] = []
+        for whole, parts in zip(state["param_groups"], self._parts(optimizer.param_groups), strict=True):
+            params = iter(whole["params"])
+            groups += _split(whole, [[p for _, p in zip(own["params"], params, strict=False)] for own in parts])
         return {**state, "param_groups": groups}
 
     def _scheduler_state(self) -> dict[str, Any]:
@@ -163,12 +168,49 @@ class Regrouping:
         _install(self.optimizer, scheduler, list(self.optimizer.param_groups), split, bases)
 
 
+def _split(whole: Group, runs: Sequence[list[Any]]) -> list[Group]:
+    """Splits a group into runs of its parameters; from a checkpoint of the same split each gets back what it kept."""
+    apart = whole.get(_APART, ())
+    parts: Sequence[Group] = apart if len(apart) == len(runs) else [{}] * len(runs)
+    own = {key for part in parts for key in part}
+    shared = {key: value for key, value in whole.items() if key != _APART and key not in own}
+    groups = [{**shared, **part, "params": run} for part, run in zip(parts, runs, strict=True)]
+    # a tensor of the group itself is a counter, counted up in place
+    return [{key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in group.items()} for group in groups]
+
+
+def _kept_apart(parts: Sequence[Group]) -> Group:
+    """Returns what the parts of a group keep differently, under one key; nothing for most optimizers.
+
+    Some count steps, or add up weights, for a group as a whole, and those of a part that waits stand still.
+    """
+    keys = {key for part in parts for key, value in part.items() if isinstance(value, _COUNTERS)} - {"lr", "initial_lr"}
+    apart = [key for key in sorted(keys) if not all(_same(part.get(key), parts[0].get(key)) for part in parts)]
+    return {_APART: [{key: part[key] for key in apart if key in part} for part in parts]} if apart else {}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return one is other or (type(one) is type(other) and one == other)
+
+
 def require_lambdas(scheduler: Any) -> None:
     """Raises a `ScheduleError` where a scheduler is no `LambdaLR`, unwrapped."""
     if not isinstance(scheduler, LambdaLR):
         raise ScheduleError(
             f"{type(scheduler).__name__} can't be given a rate for each stage. Use a LambdaLR schedule: "
             f"lr_scheduler_type='linear', 'cosine' or 'constant'."
+        )
+
+
+def require_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raises a `ScheduleError` where an optimizer takes its steps within backward, not when it is told to."""
+    kinds = {kind.__name__ for kind in type(optimizer).__mro__}
+    if kinds & _WITHIN_BACKWARD:
+        raise ScheduleError(
+            f"{type(optimizer).__name__} takes its steps within backward, where no stage can give it a rate. Use one "
+            f"that steps behind it: optim='galore_adamw' for 'galore_adamw_layerwise', 'adafactor' for 'lomo'."
         )
 
 

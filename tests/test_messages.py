@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 import hf_freeze
 from hf_freeze import (
@@ -28,6 +29,7 @@ from hf_freeze import (
 )
 from hf_freeze.data import Split, check_model, check_output_dir, load_corpus, tokenize
 from hf_freeze.engine import StageEngine
+from hf_freeze.optim import require_steps
 from hf_freeze.runs import FineTuning
 from hf_freeze.stages import Sample
 from hf_freeze.timetable import plan
@@ -183,6 +185,11 @@ SCHEDULING = [
         "Leave it out, and load the best weights yourself",
     ),
     (lambda m: planned(m, Stage(0, "hat")), "'hat' names no segment", PARTS),
+    (
+        lambda m: require_steps(LayerWiseDummyOptimizer({}, lr=1.0)),
+        "LayerWiseDummyOptimizer takes its steps within backward",
+        "optim='galore_adamw'",
+    ),
     (
         lambda m: attached(m, m.classifier.parameters(), scheduler=plateau),
         "ReduceLROnPlateau can't be given a rate",

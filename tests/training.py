@@ -57,7 +57,8 @@ def make_trainer(
     folder: Path, *callbacks: TrainerCallback, model: Any = None, steps: int = 6, **options: Any
 ) -> Trainer:
     """A Trainer for `steps` optimizer steps in epochs of 3; `options` are `TrainingArguments` or the Trainer's own."""
-    own = {key: options.pop(key) for key in ("model_init", "optimizers", "compute_metrics") if key in options}
+    names = ("model_init", "optimizers", "optimizer_cls_and_kwargs", "compute_metrics")
+    own = {key: options.pop(key) for key in names if key in options}
     arguments = {
         "per_device_train_batch_size": BATCH,
         "gradient_accumulation_steps": 1,
