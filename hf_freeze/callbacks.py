@@ -111,7 +111,10 @@ class StagedUnfreezing(TrainerCallback):
             return
         run = (state.max_steps, _steps_per_epoch(kwargs.get("train_dataloader"), args))
         compare(state, recorded(engine.stages, *run, engine.union), loaded=bool(kwargs["optimizer"].state))
-        engine.attach(kwargs["optimizer"], kwargs["lr_scheduler"], *run, history=state.log_history)
+        # a checkpoint is saved behind the evaluation of its step and before the stage that it lets begin
+        earlier = [entry for entry in state.log_history if entry.get("step", 0) < state.global_step]
+        engine.attach(kwargs["optimizer"], kwargs["lr_scheduler"], *run, history=earlier)
+        engine.consult(state.log_history, state.global_step)
         self._enter(state, model)
 
     def on_step_begin(

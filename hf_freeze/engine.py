@@ -144,6 +144,7 @@ class StageEngine:
         """Plans the run as far as it is known, and splits the optimizer's groups by what is planned."""
         assert self._run is not None  # it is attached
         run = self._run
+        before = run.optimizer.param_groups[:] if self._regrouping is not None else []
         if self._regrouping is not None:
             self._regrouping.undo()
         self.planned = plan(self.model, self.stages, run.rates, run.total_steps, run.steps_per_epoch, history)
@@ -154,6 +155,7 @@ class StageEngine:
         self._regrouping = regroup(
             run.optimizer, run.scheduler, lambda p: timelines.get(id(p), ()), lambda own: _factor(own, run.stride)
         )
+        _carry_over(before, run.optimizer.param_groups)
 
     def enter(self, step: int) -> PlannedStage | None:
         """Makes the model train what is due at an optimizer step; returns the stage if it has changed, else None."""
@@ -290,6 +292,15 @@ class _Run:
     rates: Mapping[str, float]
     total_steps: int
     steps_per_epoch: float | None
+
+
+def _carry_over(before: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Gives groups that were split anew what the optimizer has kept in those before, such as counts of steps."""
+    group_of = {id(parameter): group for group in before for parameter in group["params"]}
+    for group in groups:
+        for key, value in group_of.get(id(next(iter(group["params"]), None)), {}).items():
+            if key not in ("params", "lr"):
+                group[key] = value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _metric(stage: Stage) -> str:

@@ -18,7 +18,7 @@ import torch
 import waiting
 from peft import get_peft_model
 from training import Watch, differing, losses, make_trainer, optimizer_state, tiny_bert, weights
-from transformers import TrainerState
+from transformers import TrainerState, get_scheduler
 
 from hf_freeze import BottleneckConfig, Sample, Stage, StagedUnfreezing, UnfreezeSchedule, freeze, on_plateau, select
 from hf_freeze.distributed import DDP, FSDP2, Launch
@@ -102,6 +102,38 @@ def test_resumed_from_any_checkpoint_the_run_is_the_uncrashed_one(uncrashed, ste
     assert differing(weights(resumed.model), weights(trainer.model)) == []
     assert differing(optimizer_state(resumed), optimizer_state(trainer)) == []
     assert losses(resumed) == losses(trainer)
+
+
+class Counting(torch.optim.SGD):
+    """Counts steps for a group as a whole, as schedule-free optimizers do: those in which something of it trained."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + any(p.grad is not None for p in group["params"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("resume", [None, 4, 5])
+def test_what_an_optimizer_counts_for_a_group_goes_on_where_a_stage_splits_it(tmp_path, resume):
+    waits = Stage(on_plateau("eval_loss", patience=3, greater_is_better=True), "layers[-1]", lr=0.02)
+
+    class Look(Watch):
+        def on_step_begin(self, args, state, control, **kwargs):
+            groups = kwargs["optimizer"].param_groups
+            count_of = {id(p): group.get("count", 0) for group in groups for p in group["params"]}
+            self.counts = [count_of[id(p)] for p in kwargs["model"].parameters()]
+
+    def counts(folder, stage, resume=None):
+        model, watch = tiny_bert(), Look()
+        optimizer = Counting(model.parameters(), lr=0.01)
+        pair = (optimizer, get_scheduler("constant", optimizer))
+        trained(folder, [STAGES[0], stage], watch, model=model, optimizers=pair, resume=resume)
+        return watch.counts
+
+    expected = counts(tmp_path / "fixed", replace(waits, start="4 steps"))
+    assert counts(tmp_path / "waiting", waits) == expected and {STEPS - 1, STEPS - 5} <= set(expected)
+    if resume:
+        assert counts(tmp_path / "waiting", waits, resume) == expected
 
 
 def test_at_the_step_at_which_a_stage_restores_a_resumed_run_goes_back_too(uncrashed):
