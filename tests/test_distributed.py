@@ -13,9 +13,9 @@ import ranks
 import torch
 from filelock import FileLock
 from torch import nn
-from training import differing, tiny_bert
+from training import Watch, differing, make_trainer, names_in, tiny_bert
 
-from hf_freeze import layer_map, select
+from hf_freeze import Stage, StagedUnfreezing, layer_map, select
 from hf_freeze.distributed import (
     DDP,
     DEEPSPEED,
@@ -100,11 +100,13 @@ def test_a_freeze_that_is_flipped_by_hand_lets_the_ranks_drift(two):
 
 @pytest.mark.slow
 def test_four_processes_are_one_process_too(tmp_path):
-    done = launch(4, tmp_path, "plain")
+    names = ("plain", "used only, checkpointing", "sharded", "sharded, adamw")
+    done = launch(4, tmp_path, *names)
     assert done.returncode == 0, done.stderr
-    runs, alone = seen(tmp_path, "plain", 4), ranks.run(tmp_path / "alone", "plain")
-    assert [differing(runs[0]["weights"][-1], other["weights"][-1]) for other in runs] == [[]] * 4
-    assert farthest(runs[0]["weights"], alone["weights"]) < 1e-6
+    for name in names:
+        runs, alone = seen(tmp_path, name, 4), ranks.run(tmp_path / "alone", name)
+        assert [differing(runs[0]["weights"][-1], other["weights"][-1]) for other in runs] == [[]] * 4
+        assert farthest(runs[0]["weights"], alone["weights"]) < 1e-6
 
 
 # A crash
@@ -266,6 +268,16 @@ def test_deepspeed_carries_one_stage_out_at_the_trainers_own_rates():
     require_supported(Launch(DEEPSPEED), ALL, ALL, changes=False)
     with pytest.raises(ScheduleError, match="Leave out lr, layer_decay and warmup; learning_rate"):
         require_supported(Launch(DEEPSPEED), ALL, ALL, changes=False, rates=True)
+
+
+def test_under_deepspeed_nothing_is_regrouped(tmp_path, monkeypatch):
+    callback, watch = StagedUnfreezing([Stage(0, "head")]), Watch()
+    trainer = make_trainer(tmp_path, callback, watch)
+    # a mock, set behind the Trainer's back: DeepSpeed need not be installed
+    monkeypatch.setattr(type(trainer.args), "deepspeed", property(lambda self: "zero.json"), raising=False)
+    trainer.train()
+    assert not callback.engine.planned
+    assert watch.moved == [names_in(trainer.model, "classifier")] * 6
 
 
 def test_flattened_shards_do_not_resume():
