@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from peft import get_peft_model
-from sharded import fsdp1, fsdp2, fsdp_on_cpu, gathered, plain_loop, whole
+from sharded import PlainLoop, fsdp1, fsdp2, fsdp_on_cpu, gathered, whole
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -196,7 +196,11 @@ def hooked_loop(folder: Path) -> dict[str, Any]:
         return default_hooks.allreduce_hook(state, bucket)
 
     model.register_comm_hook(None, hook)
-    seen = plain_loop(model, STAGES, RANK, WORLD, lambda model: (sum(averaged), averaged.clear(), trainable(model)))
+    seen = (
+        PlainLoop(model, RANK, WORLD)
+        .attach(STAGES)
+        .train(lambda model: (sum(averaged), averaged.clear(), trainable(model)))
+    )
     return {"averaged": [count for count, *_ in seen[:-1]], "trains": [count for *_, count in seen[:-1]]}
 
 
@@ -207,14 +211,25 @@ def trainable(model: nn.Module) -> int:
 def flattened_loop(folder: Path) -> dict[str, Any]:
     """FSDP1, which flattens what trains and what does not into one parameter."""
     model = make_model(STAGES, dropout=False, double=False)
-    return {"weights": plain_loop(fsdp1(model, True) if WORLD > 1 else model, STAGES, RANK, WORLD, gathered)}
+    loop = PlainLoop(fsdp1(model, original=True) if WORLD > 1 else model, RANK, WORLD)
+    return {"weights": loop.attach(STAGES).train(gathered)}
+
+
+def sharded_loop(folder: Path) -> dict[str, Any]:
+    """FSDP2 without an interruption, and gone on with from the state of a step."""
+    whole, stopped, resumed = (
+        PlainLoop(fsdp2(make_model(STAGES, dropout=False, double=False), WORLD), RANK, WORLD) for _ in range(3)
+    )
+    happened = {"weights": whole.attach(STAGES).train(gathered)}
+    stopped.attach(STAGES).train(gathered, until=3)
+    return {**happened, "resumed": resumed.resume(STAGES, stopped.state()).train(gathered)}
 
 
 def low_loop(folder: Path) -> dict[str, Any]:
     """FSDP2 that computes in bfloat16, and averages and trains in single precision."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = fsdp2(make_model(STAGES, dropout=False, double=False), WORLD, policy)
-    return {"dtypes": plain_loop(model, STAGES, RANK, WORLD, dtypes_of_gradients)[:-1]}
+    return {"dtypes": PlainLoop(model, RANK, WORLD).attach(STAGES).train(dtypes_of_gradients)[:-1]}
 
 
 def dtypes_of_gradients(model: nn.Module) -> dict[str, torch.dtype]:
@@ -272,6 +287,7 @@ LOOPS = {
     "refused loop": refused_loop,
     "hooked loop": hooked_loop,
     "flattened loop": flattened_loop,
+    "sharded loop": sharded_loop,
     "low precision loop": low_loop,
 }
 

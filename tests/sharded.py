@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -19,6 +21,8 @@ from transformers import default_data_collator, get_scheduler
 from transformers.models.bert.modeling_bert import BertLayer
 
 from hf_freeze import Stage, UnfreezeSchedule, attach_schedule
+
+BATCH = 4  # of all processes together
 
 
 @contextmanager
@@ -64,24 +68,45 @@ def fsdp1(model: nn.Module, original: bool) -> nn.Module:
     )
 
 
-def plain_loop(
-    model: nn.Module, stages: list[Stage], rank: int, processes: int, watch: Callable[[nn.Module], Any], batch: int = 4
-) -> list[Any]:
-    """Trains for six steps on this process's share of each batch; returns what is watched behind each backward."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=6)
-    engine = attach_schedule(UnfreezeSchedule(stages), model, optimizer, scheduler, 6)
-    own, seen = batch // processes, []
-    for step in range(6):
-        first = step * batch + rank * own
-        model.train()
-        model(**default_data_collator(rows(6 * batch)[first : first + own])).loss.backward()
-        seen.append(watch(model))
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        engine.step()
-    return [*seen, watch(model)]
+class PlainLoop:
+    """Six steps of plain PyTorch, on this process's share of each batch."""
+
+    def __init__(self, model: nn.Module, rank: int, processes: int) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        self.scheduler = get_scheduler("linear", self.optimizer, num_warmup_steps=2, num_training_steps=6)
+        self.rows = [row for index, row in enumerate(rows(6 * BATCH)) if index * processes // BATCH % processes == rank]
+
+    def attach(self, stages: list[Stage]) -> PlainLoop:
+        self.engine = attach_schedule(UnfreezeSchedule(stages), self.model, self.optimizer, self.scheduler, 6)
+        return self
+
+    def train(self, watch: Callable[[nn.Module], Any], until: int = 6) -> list[Any]:
+        """Trains up to a step; returns what is watched behind each backward, and at the end."""
+        seen, own = [], len(self.rows) // 6
+        while (step := self.engine.steps) < until:
+            self.model.train()
+            batch = default_data_collator(self.rows[step * own : (step + 1) * own])
+            self.model(**batch).loss.backward()
+            seen.append(watch(self.model))
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            self.engine.step()
+        return [*seen, watch(self.model)]
+
+    def state(self) -> tuple[Any, ...]:
+        """A copy of all that a checkpoint holds, by torch's own functions for what lies in shards."""
+        own = (*get_state_dict(self.model, self.optimizer), self.scheduler.state_dict(), self.engine.state_dict())
+        return copy.deepcopy(own)
+
+    def resume(self, stages: list[Stage], state: tuple[Any, ...]) -> PlainLoop:
+        """Loads a state, and attaches the stages behind it."""
+        model, optimizer, scheduler, engine = state
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        self.scheduler.load_state_dict(scheduler)
+        self.attach(stages).engine.load_state_dict(engine)
+        return self
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:

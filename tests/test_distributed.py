@@ -180,6 +180,13 @@ def test_a_sharded_run_resumes_bit_identical_where_some_of_it_has_no_optimizer_s
 
 
 @pytest.mark.slow
+def test_a_plain_loop_in_shards_resumes_where_it_is_loaded_before_the_schedule_is_attached(two):
+    for rank in seen(two, "sharded loop"):
+        assert len(rank["resumed"]) == 4
+        assert not any(map(differing, rank["resumed"], rank["weights"][3:]))
+
+
+@pytest.mark.slow
 def test_flattened_parameters_of_which_a_part_trains_are_one_process_too(two, tmp_path):
     alone, (first, second) = ranks.flattened_loop(tmp_path), seen(two, "flattened loop")
     assert not any(map(differing, first["weights"], second["weights"]))
