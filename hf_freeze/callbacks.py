@@ -28,6 +28,7 @@ from .distributed import (
     unwrap_model,
 )
 from .engine import StageEngine
+from .errors import ScheduleError
 from .reducer import Wrapper, can_rebuild, torch_can_rebuild, watch_wrapping
 from .resuming import compare, load_best, recorded, require_evaluations, warn_of_unmeasured
 from .schedules import UnfreezeSchedule
@@ -72,6 +73,7 @@ class StagedUnfreezing(TrainerCallback):
         """Unfreezes the union of all stages, so that the Trainer builds its optimizer over it."""
         if kwargs.get("model") is None:
             return
+        require_columns(args, kwargs["model"])
         engine = self._engine_for(kwargs["model"])
         launch = trainer_launch(args, engine.model, rebuilds=torch_can_rebuild())
         require_evaluations(engine.stages, args, launch)
@@ -147,6 +149,12 @@ class StagedUnfreezing(TrainerCallback):
         own = {"freeze/stage": self.engine.current + 1, "freeze/trainable_params": _trainable(kwargs["model"])}
         kwargs["logs"].update(own)
         state.log_history[-1].update(own)  # the Trainer has copied the logs into it already
+        if state.is_world_process_zero and (strays := self.engine.strays()):
+            warnings.warn(
+                f"In stage {self.engine.current + 1} {strays[0]!r} and {len(strays) - 1} more have been frozen or "
+                f"unfrozen by something other than the schedule. Let a stage do it.",
+                stacklevel=2,
+            )
 
     def _engine_for(self, model: nn.Module) -> StageEngine:
         return StageEngine(model, self.schedule.stages_for(model))
@@ -175,6 +183,21 @@ def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> s
         f"step {stage.step}: stage {index + 1} of {count}: {textwrap.shorten(changes, 100)}: "
         f"{summary.trainable:,} parameters train ({summary.share:.1%})" + (f", lr {span}" if span else "")
     )
+
+
+def require_columns(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuses a compiled model of which the Trainer would drop all inputs.
+
+    It keeps those that the model's ``forward`` names, and torch.compile's takes just any (transformers 5.23).
+
+    Raises:
+        ScheduleError: the model is compiled, and the Trainer drops what it does not name.
+    """
+    if args.remove_unused_columns and hasattr(model, "_orig_mod"):
+        raise ScheduleError(
+            "The model is compiled already, and the Trainer would drop all its inputs. Pass the model as it was with "
+            "torch_compile=True in its arguments; or set remove_unused_columns=False."
+        )
 
 
 def wrong_loss_factor(args: TrainingArguments, model: nn.Module) -> int:

@@ -174,6 +174,13 @@ class StageEngine:
             reduce_what_trains(self.wrapper)
         return stage
 
+    def strays(self) -> tuple[str, ...]:
+        """Returns what something else has frozen or unfrozen since the stage that is on began."""
+        if self.current is None:
+            return ()
+        due = self.planned[self.current].trainable
+        return tuple(name for name, p in self.model.named_parameters() if p.requires_grad != (name in due))
+
     def step(self) -> PlannedStage | None:
         """Counts an optimizer step and enters the stage of the next; returns it if it has changed, else None."""
         self.steps += 1
@@ -221,9 +228,9 @@ class StageEngine:
         rates = {name: held[id(p)] for name, p in self.model.named_parameters() if id(p) in held}
         if missing := sorted(self.union - rates.keys()):
             raise ScheduleError(
-                f"{missing[0]!r} and {len(missing) - 1} more are scheduled but not in the optimizer, so they would not "
-                f"train. Pass the callback to the Trainer's `callbacks=`, before the optimizer is built; and do not "
-                f"freeze them in `model_init`."
+                f"{missing[0]!r} and {len(missing) - 1} more are scheduled but not in the optimizer: they would not "
+                f"train. Pass the callback to the Trainer's `callbacks=`, before the optimizer is built; do not "
+                f"freeze them in `model_init` or by a second StagedUnfreezing."
             )
         if idle := sorted(name for name in self.union if not rates[name] > 0):
             raise ScheduleError(f"The optimizer's own rate of {idle[0]!r} is {rates[idle[0]]}. Give a positive one.")

@@ -57,9 +57,13 @@ def regroup(
         What undoes it.
 
     Raises:
-        ScheduleError: the scheduler is no `LambdaLR` (ReduceLROnPlateau has no lambdas to scale).
+        ScheduleError: the scheduler is no `LambdaLR` (ReduceLROnPlateau has no lambdas to scale), or is split already.
     """
     require_lambdas(scheduler)
+    if "state_dict" in vars(scheduler):
+        raise ScheduleError(
+            "Another schedule is carried out with this optimizer. Use one StagedUnfreezing, with the stages of both."
+        )
     drop_padding(optimizer)  # a checkpoint has been loaded
     groups: list[Group] = []
     lambdas: list[Factor] = []

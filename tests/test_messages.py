@@ -65,6 +65,13 @@ def waiting(model, start):
     return attach_schedule(UnfreezeSchedule([Stage(0, "head"), Stage(start, "all")]), model, optimizer, scheduler, 10)
 
 
+def attached_twice(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for _ in range(2):
+        StageEngine(model, [Stage(0, "head")]).attach(optimizer, scheduler, 10, 5)
+
+
 def plateau(optimizer, _):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
@@ -185,6 +192,7 @@ SCHEDULING = [
         "Leave it out, and load the best weights yourself",
     ),
     (lambda m: planned(m, Stage(0, "hat")), "'hat' names no segment", PARTS),
+    (attached_twice, "Another schedule is carried out with this optimizer", "Use one StagedUnfreezing"),
     (
         lambda m: require_steps(LayerWiseDummyOptimizer({}, lr=1.0)),
         "LayerWiseDummyOptimizer takes its steps within backward",
