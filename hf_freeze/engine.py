@@ -254,8 +254,8 @@ def attach_schedule(
 
     Args:
         schedule: The schedule.
-        model: The model, as Accelerate has prepared it; or bare, in a plain PyTorch loop. Under DDP it needs
-            ``DistributedDataParallelKwargs(find_unused_parameters=True)``.
+        model: The model, as Accelerate has prepared it; or bare, in a plain PyTorch loop. Under FSDP2,
+            load a checkpoint's model and optimizer before this.
         optimizer: The optimizer; so too the scheduler, a `LambdaLR` (``transformers.get_scheduler`` makes them).
         scheduler: Its learning-rate scheduler.
         total_steps: Optimizer steps of the run.
