@@ -56,8 +56,8 @@ class StagedUnfreezing(TrainerCallback):
     Raises:
         ScheduleError: when the Trainer is made: several processes or devices otherwise than by DDP or FSDP (see
             `distributed.require_supported`), a stage in which nothing trains, one that waits for evaluations that are
-            not made; when training begins: a scheduler without lambdas, a scheduled parameter that the optimizer does not
-            hold, stages that do not fit the run, or a checkpoint in which others trained.
+            not made; when training begins: a scheduler without lambdas, a scheduled parameter that the optimizer does
+            not hold, stages that do not fit the run, or a checkpoint in which others trained.
 
     Example:
         >>> from hf_freeze import Stage
