@@ -38,6 +38,7 @@ def main() -> None:
     batch = write_batch(options.cache / "batch.json")
     peer = peer_python(options.cache / "adapters-1.3.0")
     contenders = {"full fine-tuning": (sys.executable, "full"), "LoRA r=8 (PEFT)": (sys.executable, "lora")}
+    contenders["full fine-tuning, in the peer's environment"] = (peer, "full")
     contenders["hf_freeze, layer"] = (sys.executable, "layer")
     for placement in PLACEMENTS:
         contenders[f"hf_freeze, {placement}"] = (sys.executable, placement)
