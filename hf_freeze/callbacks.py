@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length, unwrap_peft_model
 
+from .announcing import closing_table, describe, segment_rates, show_in_bar
 from .distributed import (
     DDP,
     DEEPSPEED,
@@ -33,8 +33,6 @@ from .reducer import Wrapper, can_rebuild, torch_can_rebuild, watch_wrapping
 from .resuming import compare, load_best, recorded, require_evaluations, warn_of_unmeasured
 from .schedules import UnfreezeSchedule
 from .stages import Stage
-from .summary import trainable_summary
-from .timetable import PlannedStage
 
 _LOSS = re.compile(r"Loss$|^cross_entropy$")  # CrossEntropyLoss, MSELoss: a loss that is not transformers' own
 
@@ -44,8 +42,9 @@ class StagedUnfreezing(TrainerCallback):
 
     Pass it to the Trainer's ``callbacks=``: it has to be there before the optimizer is built. What `freeze` has frozen
     before stays frozen under a preset; a stage that names it trains it. Checkpoints keep the Trainer's own layout;
-    resuming takes up the stage that the step belongs to. The logs hold ``freeze/stage``, which counts from 1, and
-    ``freeze/trainable_params``.
+    resuming takes up the stage that the step belongs to. Each stage is announced; the progress bar shows which is on, a
+    table at the end which were. The logs hold ``freeze/stage``, which counts from 1, ``freeze/trainable_params``, and
+    ``freeze/lr/<segment>`` of each segment that trains.
 
     It is no `ExportableState`: with ``restore_callback_states_from_checkpoint=True`` the Trainer would make such a
     callback anew, after the model has been prepared, and a checkpoint from before it was added could not be resumed.
@@ -131,9 +130,11 @@ class StagedUnfreezing(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the optimizer its own groups back; the model stays in its last stage."""
+        """Gives the optimizer its own groups back and tells what trained when; the model stays in its last stage."""
         if self.engine is None:
             return
+        if self.engine.current is not None and state.is_world_process_zero:
+            tqdm.write(closing_table(self.engine.planned, self.engine.model, state.global_step))
         self.engine.detach()
         if self.engine.awaited and state.is_world_process_zero:
             warnings.warn(
@@ -143,10 +144,16 @@ class StagedUnfreezing(TrainerCallback):
             )
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the stage and the number of trainable parameters to the Trainer's logs and log history."""
+        """Adds the stage, the number of trainable parameters and their rates to the Trainer's logs and log history."""
         if self.engine is None or self.engine.current is None:
             return
-        own = {"freeze/stage": self.engine.current + 1, "freeze/trainable_params": _trainable(kwargs["model"])}
+        own: dict[str, float] = {
+            "freeze/stage": self.engine.current + 1,
+            "freeze/trainable_params": _trainable(kwargs["model"]),
+        }
+        if "learning_rate" in kwargs["logs"]:  # not with an evaluation
+            rates = segment_rates(self.engine.model, kwargs["optimizer"])
+            own |= {f"freeze/lr/{name}": rate for name, rate in rates.items()}
         kwargs["logs"].update(own)
         state.log_history[-1].update(own)  # the Trainer has copied the logs into it already
         if state.is_world_process_zero and (strays := self.engine.strays()):
@@ -167,22 +174,12 @@ class StagedUnfreezing(TrainerCallback):
         # checkpoints are saved before a step begins, so that the one of this step still has the weights of before
         if stage is not None and stage.stage.restores and stage.step == state.global_step:
             load_best(model, state)
-        if stage is not None and state.is_world_process_zero:
-            count = len(self.engine.planned) + len(self.engine.awaited)
-            tqdm.write(describe(stage, self.engine.planned.index(stage), count, model))
-
-
-def describe(stage: PlannedStage, index: int, count: int, model: nn.Module) -> str:
-    """Returns the line that announces a stage: what it unfreezes, how much trains, at what rates."""
-    summary = trainable_summary(model)
-    rates = sorted(set(stage.rates.values()))
-    span = " to ".join(f"{rate:.2g}" for rate in dict.fromkeys([*rates[:1], *rates[-1:]]))
-    terms = [("+", stage.stage.unfreeze), ("-", stage.stage.freeze)]
-    changes = " ".join(f"{sign} {selector}" for sign, selector in terms if selector)
-    return (
-        f"step {stage.step}: stage {index + 1} of {count}: {textwrap.shorten(changes, 100)}: "
-        f"{summary.trainable:,} parameters train ({summary.share:.1%})" + (f", lr {span}" if span else "")
-    )
+        if not state.is_world_process_zero:
+            return
+        index, count = self.engine.current or 0, len(self.engine.planned) + len(self.engine.awaited)
+        if stage is not None:
+            tqdm.write(describe(stage, index, count, model))
+        show_in_bar(f"stage {index + 1} of {count}", state.max_steps)  # the bar may have come since the stage began
 
 
 def require_columns(args: TrainingArguments, model: nn.Module) -> None:

@@ -15,16 +15,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from .adapters import BottleneckConfig
 from .callbacks import StagedUnfreezing
 from .data import EMBEDDED, Split, TextCorpus, check_model, metrics, tokenize
-from .errors import AdapterError, DataError, FreezeError, ScheduleError, SelectorError
+from .errors import AdapterError, DataError, FreezeError, ScheduleError, SelectorError, nearest
 from .freezing import freeze
 from .layers import layer_map
+from .presets import PRESETS, BottomUp, ChainThaw, Gradual
 from .schedules import UnfreezeSchedule
 from .summary import trainable_summary
 
@@ -44,7 +45,8 @@ class FineTuning:
         freeze: Selector of what does not train; None for nothing. With adapters, the base does not train anyway; what
             is named here is kept in eval mode too, and a pooler that is named does not train with the head.
         adapter: The adapters to put in; the base is frozen then, and head and pooler train with them.
-        unfreeze: The schedule of staged unfreezing; ``"gradual"`` for that preset, spread evenly over the run.
+        unfreeze: The schedule of staged unfreezing; or a preset's name, for its defaults: one that goes layer by layer
+            is spread evenly over the run.
         lr: Peak learning rate; it warms up over a tenth of the run and falls linearly.
         epochs: Passes over the training texts.
         batch_size: Texts in a step.
@@ -58,7 +60,7 @@ class FineTuning:
     name: str = "fine-tuning"
     freeze: str | None = None
     adapter: BottleneckConfig | None = None
-    unfreeze: UnfreezeSchedule | Literal["gradual"] | None = None
+    unfreeze: UnfreezeSchedule | str | None = None
     lr: float = 5e-5
     epochs: float = 3
     batch_size: int = 16
@@ -69,7 +71,12 @@ class FineTuning:
         for quantity in ("lr", "epochs", "batch_size", "max_length"):
             if not 0 < getattr(self, quantity) < float("inf"):
                 raise FreezeError(f"{quantity} is {getattr(self, quantity)}: write a positive number.")
-        if self.adapter and self.unfreeze and (self.unfreeze == "gradual" or self.unfreeze.preset):
+        schedule = self.unfreeze
+        if isinstance(schedule, str) and schedule not in PRESETS:
+            raise ScheduleError(
+                f"Unknown preset {schedule!r}.{nearest(schedule, PRESETS)} There are: {', '.join(PRESETS)}."
+            )
+        if self.adapter and schedule and (isinstance(schedule, str) or schedule.preset):
             raise AdapterError(
                 "A preset stages what trains, and with adapters that is the adapters and the head alone. Write the "
                 "stages in a YAML file: 'adapters, head' first, layers of the base later."
@@ -195,19 +202,29 @@ def prepare(model: PreTrainedModel, spec: FineTuning) -> None:
 
 
 def schedule_of(model: PreTrainedModel, spec: FineTuning, texts: int) -> UnfreezeSchedule:
-    """Returns the schedule of a run on so many texts; ``"gradual"`` becomes stages of equal length that fill it.
+    """Returns the schedule of a run on so many texts; a preset's name becomes stages of equal length that fill it.
 
     Raises:
-        ScheduleError: the run has fewer steps than ``"gradual"`` has stages.
+        ScheduleError: the run has fewer steps than the preset has stages, or a stage waits for an evaluation.
     """
-    if isinstance(spec.unfreeze, UnfreezeSchedule):
-        return spec.unfreeze
-    count = len(UnfreezeSchedule.gradual().stages_for(model))
-    if (steps := _steps(spec, texts)) < count:
+    schedule = UnfreezeSchedule(preset=PRESETS[spec.unfreeze]()) if isinstance(spec.unfreeze, str) else spec.unfreeze
+    assert schedule is not None  # there is nothing to ask for otherwise
+    stages = schedule.stages_for(model)
+    if waiting := [stage for stage in stages if stage.waits]:
         raise ScheduleError(
-            f"gradual has {count} stages for this model, and the run {steps} steps. Train longer, or freeze more."
+            f"The stage at {waiting[0].start!r} waits for an evaluation, and this run makes none. Write epochs, "
+            f"'100 steps' or '30%'; or give the schedule to a Trainer of your own, with eval_strategy set."
         )
-    return UnfreezeSchedule.gradual(epochs_per_stage=spec.epochs / count)
+    if isinstance(spec.unfreeze, UnfreezeSchedule):
+        return schedule
+    if (steps := _steps(spec, texts)) < len(stages):
+        raise ScheduleError(
+            f"{spec.unfreeze} has {len(stages)} stages for this model, and the run {steps} steps. Train longer, or "
+            f"freeze more."
+        )
+    if isinstance(schedule.preset, Gradual | BottomUp | ChainThaw):
+        return UnfreezeSchedule(preset=replace(schedule.preset, epochs_per_stage=spec.epochs / len(stages)))
+    return schedule
 
 
 def save(outcome: Outcome, model_name: str, folder: Path) -> None:

@@ -233,6 +233,7 @@ ADAPTING = [
         "no factor for 'layers[1]'",
         "{'layers': 16}",
     ),
+    (lambda m: FineTuning(unfreeze="gradul"), "Unknown preset 'gradul'", "Did you mean 'gradual'", "chain_thaw"),
     (
         lambda m: FineTuning(adapter=BottleneckConfig(), unfreeze=UnfreezeSchedule.gradual()),
         "A preset stages what trains",

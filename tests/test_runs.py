@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-from hf_freeze import BottleneckConfig, FreezeError, Stage, UnfreezeSchedule
+from hf_freeze import BottleneckConfig, FreezeError, Stage, UnfreezeSchedule, on_plateau
 from hf_freeze.data import Split, TextCorpus
 from hf_freeze.errors import AdapterError, DataError, ScheduleError, SelectorError
+from hf_freeze.presets import PRESETS
 from hf_freeze.runs import (
     RUN_FILE,
     FineTuning,
@@ -238,6 +239,21 @@ def test_gradual_fills_the_run(epochs, model, corpus):
     spec = FineTuning(unfreeze="gradual", epochs=epochs, batch_size=4)
     starts = [stage.start for stage in schedule_of(base, spec, texts=24).stages_for(base)]
     assert np.diff([*starts, epochs]) == pytest.approx([epochs / len(starts)] * len(starts))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_goes_by_its_name(preset, model, corpus):
+    base = load_base(model, corpus.label_names)[1]
+    schedule = schedule_of(base, FineTuning(unfreeze=preset, epochs=6, batch_size=4), texts=24)
+    assert schedule.preset.name == preset
+    assert schedule.preview(base, total_steps=36, steps_per_epoch=6).rows[-1].last == 35
+
+
+def test_refuses_a_stage_that_waits_for_an_evaluation_that_no_run_makes(model, corpus):
+    base = load_base(model, corpus.label_names)[1]
+    waiting = UnfreezeSchedule([Stage(0, "head"), Stage(on_plateau("eval_loss"), "layers")])
+    with pytest.raises(ScheduleError, match=r"waits for an evaluation, and this run makes none\. Write epochs"):
+        schedule_of(base, FineTuning(unfreeze=waiting), texts=24)
 
 
 def test_gradual_refuses_a_run_with_too_few_steps(model, corpus):

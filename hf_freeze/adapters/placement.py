@@ -21,7 +21,7 @@ from ..errors import AdapterError
 from ..layers import LayerMap, Segment, is_norm, layer_map
 from ..selectors import parse
 from .config import BottleneckConfig
-from .sublayers import Pass, SubLayers, batch_shapes, find_sublayers, watch
+from .sublayers import REVERSIBLE, Pass, SubLayers, batch_shapes, find_sublayers, unreachable, watch
 
 Reads = Literal["output", "norm", "entry"]
 
@@ -51,13 +51,14 @@ def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
 
     Raises:
         AdapterError: the model has no layers, the selector names something that is no layer, a reduction factor is
-            missing, a layer has no sub-layer of the kind that the placement needs, or samples can't be told apart there
-            and the config asks for it.
+            missing, a layer has no sub-layer of the kind that the placement needs or is run past all hooks, or samples
+            can't be told apart there and the config asks for it.
         SelectorError: a term of a selector names nothing, or an index lies outside the stack.
     """
     layers = layer_map(model)
     chosen = target_layers(layers, config.layers)
     blocks = {block_of(layer): _factor(layers, config, layer) for layer in layers if layer in chosen}
+    reasons = unreachable(model, blocks)
     if config.placement == "layer":
         sites = [_site(model, config, block, block, factor) for block, factor in blocks.items()]
     else:
@@ -69,6 +70,10 @@ def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
             for module, reads, entry in _modules(config, block, parts[block], seen)
         ]
     found = {site.module: site for site in sites}
+    for block, reason in reasons.items():
+        if block in found or reason == REVERSIBLE:
+            mend = "Freeze and unfreeze layers instead." if reason == REVERSIBLE else "Use placement='houlsby'."
+            raise AdapterError(f"{block!r} ({type(model.get_submodule(block)).__name__}) {reason}. {mend}")
     if config.gating or config.stochastic_depth:
         check_samples(model, found)
     return found

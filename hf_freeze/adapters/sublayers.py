@@ -21,6 +21,9 @@ from ..inputs import example_inputs
 from ..layers import is_norm
 from ..stacks import join
 
+BYPASSED = "is run by its forward(), past all hooks, so an adapter behind it would do nothing"
+REVERSIBLE = "is run once more, backwards, for its gradients, which an adapter would spoil"
+
 _ATTENTION = re.compile(r"Attention|Attn")
 _CROSS = re.compile(r"cross|enc(oder)?_?(dec)?_?att", re.IGNORECASE)
 
@@ -189,6 +192,59 @@ def batch_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, list[t
         for name, shape in noted.items():
             shapes.setdefault(name, []).append(shape)
     return {name: both for name, both in shapes.items() if len(both) == 2}
+
+
+def unreachable(model: nn.Module, blocks: Collection[str]) -> dict[str, str]:
+    """Runs `model` once on small inputs and tells which layers no hook can change, each with the reason.
+
+    Args:
+        model: The model; its modes and the state of the random numbers come back as they were.
+        blocks: Its layers, by name.
+
+    Returns:
+        SqueezeBERT's, whose encoder calls ``layer.forward()``, past all hooks; Reformer's, which run backwards once
+        more in the backward pass, past all hooks too. None if the model can't be run on inputs that are known.
+    """
+    called: set[str] = set()
+    entered: set[str] = set()
+    reversible: set[str] = set()
+    handles = []
+    for block in blocks:
+        layer = model.get_submodule(block)
+        handles.append(layer.register_forward_hook(_note_layer(block, called, reversible)))
+        handles += [
+            inner.register_forward_pre_hook(_note_entered(block, entered))
+            for inner in layer.modules()
+            if inner is not layer
+        ]
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), _as_base(model):
+            model(**example_inputs(model))
+    except Exception:  # whatever a model raises: nothing is known then
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        **dict.fromkeys(sorted(entered - called), BYPASSED),
+        **dict.fromkeys(sorted(reversible), REVERSIBLE),
+    }
+
+
+def _note_layer(block: str, called: set[str], reversible: set[str]) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+        called.add(block)
+        if hasattr(output, "_fields"):  # the two streams of a reversible layer, by name
+            reversible.add(block)
+
+    return hook
+
+
+def _note_entered(block: str, entered: set[str]) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: Any) -> None:
+        entered.add(block)
+
+    return hook
 
 
 def _note_shape(name: str, noted: dict[str, torch.Size]) -> Callable[..., None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +22,7 @@ def train(
         str | None, typer.Option(help="Selector of what does not train, e.g. 'embeddings, layers[:3]'.")
     ] = None,
     adapter: Annotated[int | None, typer.Option(help="Bottleneck size of adapters behind each layer.")] = None,
-    unfreeze: Annotated[str | None, typer.Option(help="'gradual', over the whole run, or a YAML file.")] = None,
+    unfreeze: Annotated[str | None, typer.Option(help="A preset, such as 'gradual', or a YAML file.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to save the result to.")] = Path("outputs/train"),
     overwrite: Annotated[
         bool,
@@ -73,15 +73,16 @@ def train(
     keep(outcome, model, output, corpus, spec)
 
 
-def _schedule(unfreeze: str | None) -> UnfreezeSchedule | Literal["gradual"] | None:
+def _schedule(unfreeze: str | None) -> UnfreezeSchedule | str | None:
     from ..errors import ScheduleError, nearest
+    from ..presets import PRESETS
     from ..schedules import UnfreezeSchedule
 
-    if unfreeze is None or unfreeze == "gradual":
-        return unfreeze  # type: ignore[return-value]
+    if unfreeze is None or unfreeze in PRESETS:
+        return unfreeze
     if not Path(unfreeze).is_file():
         raise ScheduleError(
-            f"--unfreeze {unfreeze!r} is no preset and no file.{nearest(unfreeze, ['gradual'])} "
-            f"Write 'gradual', or name a schedule's YAML file."
+            f"--unfreeze {unfreeze!r} is no preset and no file.{nearest(unfreeze, PRESETS)} "
+            f"Write one of {', '.join(PRESETS)}, or name a schedule's YAML file."
         )
     return UnfreezeSchedule.from_yaml(Path(unfreeze))

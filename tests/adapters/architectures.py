@@ -21,9 +21,9 @@ from tests.tiny import forward_loss, output_tensors, tiny_inputs
 
 # What fails with an adapter behind each layer, and why.
 FAILING = {
-    "reformer": "runs its layers backwards to save memory; adapters spoil that, and frozen embeddings stop it",
+    "reformer": "runs its layers backwards to save memory: adapters are refused, and frozen embeddings stop it",
     "rwkv": "frozen, so in eval mode, it writes its state in place, into what gradients need: pass use_cache=False",
-    "squeezebert": "its encoder calls forward() of each layer, past all hooks: the adapters do nothing",
+    "squeezebert": "its encoder calls forward() of each layer, past all hooks: refused, placement='houlsby' works",
     "unlimited_ocr": "transformers' load_adapter renames language_model.layers twice; PeftModel loads it",
 }
 

@@ -130,3 +130,18 @@ def test_the_widths_of_stages_differ() -> None:
     widths = [width_of(model, block_of(segment)) for segment in layer_map(model).layers]
 
     assert widths == sorted(widths) and len(set(widths)) > 1
+
+
+def test_a_layer_that_is_run_past_all_hooks_gets_no_adapter_behind_it_but_inside() -> None:
+    model = tiny_model("squeezebert")
+
+    with pytest.raises(AdapterError, match=r"run by its forward\(\), past all hooks.*placement='houlsby'"):
+        find_sites(model, BottleneckConfig())
+
+    assert find_sites(model, BottleneckConfig.houlsby())
+
+
+@pytest.mark.parametrize("placement", ["layer", "pfeiffer", "houlsby", "parallel"])
+def test_layers_that_run_backwards_for_their_gradients_get_no_adapters(placement: str) -> None:
+    with pytest.raises(AdapterError, match=r"run once more, backwards.*Freeze and unfreeze layers instead"):
+        find_sites(tiny_model("reformer"), BottleneckConfig(placement=placement))
