@@ -53,7 +53,7 @@ HEAD = """\
 What holds on the {types} base model types of transformers {transformers} (torch {torch}, {date}). Each type
 that can be is built from its config, with two layers or so, and run on made-up inputs on a CPU.
 `python benchmarks/architectures.py` writes this page. Refused means: an error before anything is changed, which names
-the placement that works.
+what works.
 
 | | passed | of | refused |
 |---|---:|---:|---:|

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,28 @@ def test_a_wrong_selector_names_the_nearest(base: str) -> None:
 def test_an_unknown_sibling_names_the_nearest() -> None:
     with pytest.raises(AttributeError, match="AutoFreezeModelForSequenceClassification"):
         hf_freeze.AutoFreezeModelForSequenceClassificaton  # noqa: B018
+
+
+def as_hub(folder: Path, repository: str, cache: Path) -> None:
+    """Puts a saved folder where `huggingface_hub` keeps what it has downloaded of a repository."""
+    home, commit = cache / f"models--{repository.replace('/', '--')}", "0" * 40
+    shutil.copytree(folder, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+
+
+@pytest.mark.parametrize("adapter", [None, BottleneckConfig(bottleneck_size=2)], ids=["frozen", "adapted"])
+def test_a_repository_of_the_hub_is_named_as_a_folder_is(adapter: BottleneckConfig | None, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    BertForSequenceClassification(BertConfig(vocab_size=30, **SIZES)).save_pretrained(tmp_path / "base")
+    as_hub(tmp_path / "base", "somebody/base", cache)
+    options = {"cache_dir": str(cache), "local_files_only": True}
+    model = AutoFreeze.from_pretrained("somebody/base", freeze=BASE, adapter=adapter, **options)
+    disturb(model)
+    model.save_pretrained(tmp_path / "own")
+    as_hub(tmp_path / "own", "somebody/own", cache)
+
+    restored = AutoFreeze.from_pretrained("somebody/own", **options)
+
+    assert torch.equal(logits(restored), logits(model))
+    assert trains(restored) == trains(model)
