@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length, unwrap_peft_model
 
+from .adapters.peft_method import NAME
 from .announcing import closing_table, describe, segment_rates, show_in_bar
 from .distributed import (
     DDP,
@@ -29,11 +30,14 @@ from .distributed import (
 )
 from .engine import StageEngine
 from .errors import ScheduleError
+from .layers import layer_map
 from .reducer import Wrapper, can_rebuild, torch_can_rebuild, watch_wrapping
 from .resuming import compare, load_best, recorded, require_evaluations, warn_of_unmeasured
 from .schedules import UnfreezeSchedule
 from .stages import Stage
+from .thawed import COPIES
 
+_BASE = ("embeddings", "layer", "norm", "pooler", "head")  # the kinds of segments that are no adapter's
 _LOSS = re.compile(r"Loss$|^cross_entropy$")  # CrossEntropyLoss, MSELoss: a loss that is not transformers' own
 
 
@@ -79,6 +83,8 @@ class StagedUnfreezing(TrainerCallback):
         require_supported(launch, engine.union, engine.union, engine.changes, engine.rated)
         engine.prepare()
         self.engine = engine
+        if state.is_world_process_zero:
+            warn_of_unsaved(engine.model, engine.union)
         if launch.kind == DDP:
             self._wrapper = watch_wrapping(engine.model)
         if state.is_world_process_zero and (factor := wrong_loss_factor(args, engine.model)) > 1:
@@ -194,6 +200,23 @@ def require_columns(args: TrainingArguments, model: nn.Module) -> None:
         raise ScheduleError(
             "The model is compiled already, and the Trainer would drop all its inputs. Pass the model as it was with "
             "torch_compile=True in its arguments; or set remove_unused_columns=False."
+        )
+
+
+def warn_of_unsaved(model: nn.Module, union: Collection[str]) -> None:
+    """Tells of weights that stages train and that the Trainer's checkpoints leave out.
+
+    Under LoRA and the like they hold the adapter and its `modules_to_save`; bottleneck adapters bring the rest along.
+    """
+    others = [config for config in getattr(model, "peft_config", {}).values() if config.peft_type != NAME]
+    layers = layer_map(model)
+    lost = [n for n in sorted(union) if layers.owners[n].kind in _BASE and not any(f".{own}." in n for own in COPIES)]
+    if others and lost:
+        warnings.warn(
+            f"Stages train {lost[0]!r} and {len(lost) - 1} more weights of the base, and checkpoints under "
+            f"{others[0].peft_type.value} hold the adapter alone: they would be lost. Save the model whole, name the "
+            f"modules in modules_to_save, or use BottleneckConfig, whose files bring them along.",
+            stacklevel=3,
         )
 
 

@@ -175,7 +175,7 @@ def test_resumed_from_any_checkpoint_the_run_is_the_uncrashed_one(uncrashed, ste
     assert [entry["freeze/stage"] for entry in resumed.state.log_history if "loss" in entry] == [1, 1, 2, 3, 3, 4]
 
 
-def test_interrupted_and_resumed_in_one_session_the_run_is_the_uncrashed_one(tmp_path):
+def test_interrupted_and_resumed_in_one_process_the_run_is_the_uncrashed_one(tmp_path):
     expected = make_trainer(tmp_path / "whole", staged())
     expected.train()
     stop = StopAt(4)

@@ -5,14 +5,16 @@ In tests/test_callbacks.py: a loss that the Trainer scales wrongly; a callback a
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from training import BATCH, Watch, differing, make_trainer, names_in, rows, tiny_bert, weights
 from transformers import Trainer, TrainerCallback, get_scheduler
 
-from hf_freeze import Stage, StagedUnfreezing, UnfreezeSchedule, freeze, select, unfreeze
+from hf_freeze import BottleneckConfig, Stage, StagedUnfreezing, UnfreezeSchedule, freeze, select, unfreeze
 from hf_freeze.errors import ScheduleError
 
 STAGES = [Stage(0, "head"), Stage("3 steps", "layers[-1]", lr=0.02)]
@@ -162,3 +164,26 @@ def test_a_model_compiled_before_trains_what_is_due_where_its_inputs_are_kept(tm
     plain = make_trainer(tmp_path, StagedUnfreezing(UnfreezeSchedule(STAGES)))
     plain.train()
     assert differing(weights(trainer.model._orig_mod), weights(plain.model)) == []
+
+
+# Base weights that another method's checkpoints leave out
+
+LORA = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])  # its head is in modules_to_save
+
+
+@pytest.mark.parametrize(
+    ("config", "unfreeze", "told"),
+    [
+        (LORA, "adapters, layers[-1]", True),
+        (LORA, "adapters, head", False),
+        (BottleneckConfig(task_type="SEQ_CLS"), "adapters, layers[-1]", False),
+    ],
+    ids=["LoRA and a layer", "LoRA and head", "bottleneck and a layer"],
+)
+def test_base_weights_that_checkpoints_would_lose_are_told(tmp_path, config, unfreeze, told):
+    model = get_peft_model(tiny_bert(), copy.deepcopy(config))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, StagedUnfreezing([Stage(0, unfreeze)]), model=model)
+    messages = [str(warning.message) for warning in caught]
+    assert any("checkpoints under LORA hold the adapter alone" in message for message in messages) == told
