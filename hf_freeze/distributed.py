@@ -154,7 +154,7 @@ def require_supported(
 
 
 def require_resumable(launch: Launch, step: int) -> None:
-    """Refuses to go on from a checkpoint of FSDP1: its flattened optimizer state has no room for what is not due yet.
+    """Refuses to go on from a checkpoint of FSDP1: that this is exact could not be shown.
 
     Raises:
         ScheduleError: FSDP1, and a run that does not begin at step 0.
