@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -62,4 +63,6 @@ def segment_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 def closing_table(planned: Sequence[PlannedStage], model: nn.Module, steps: int) -> str:
     """Returns the table of what trained when in a run that ended after `steps` optimizer steps."""
-    return str(preview(model, [stage for stage in planned if stage.step < steps], steps)).rstrip()
+    # a condition that was met is a step now
+    begun = [replace(own, stage=replace(own.stage, start=f"{own.step} steps")) for own in planned if own.step < steps]
+    return str(preview(model, begun, steps)).rstrip()

@@ -139,7 +139,7 @@ class StagedUnfreezing(TrainerCallback):
         """Gives the optimizer its own groups back and tells what trained when; the model stays in its last stage."""
         if self.engine is None:
             return
-        if self.engine.current is not None and state.is_world_process_zero:
+        if self.engine.current is not None and state.global_step and state.is_world_process_zero:
             tqdm.write(closing_table(self.engine.planned, self.engine.model, state.global_step))
         self.engine.detach()
         if self.engine.awaited and state.is_world_process_zero:

@@ -90,8 +90,6 @@ def watch_wrapping(model: nn.Module) -> Wrapper:
     handle = register_module_module_registration_hook(note)
 
     def wrapper() -> DistributedDataParallel | None:
-        if found:
-            handle.remove()
         return found[0]() if found else None
 
     weakref.finalize(model, handle.remove)

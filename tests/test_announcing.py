@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 from training import Watch, make_trainer, tiny_bert
 from transformers import TrainerCallback
 
-from hf_freeze import Stage, StagedUnfreezing, layer_map
+from hf_freeze import Stage, StagedUnfreezing, layer_map, on_plateau
 from hf_freeze.announcing import closing_table, segment_rates, show_in_bar
 
 
@@ -76,3 +76,12 @@ def test_the_table_of_a_run_that_was_stopped_early_leaves_out_what_was_not_reach
 
     make_trainer(tmp_path, staged(), Stop()).train()
     assert "2 stages, 3 steps" in capsys.readouterr().out
+
+
+def test_the_table_tells_a_plateau_that_was_met_by_its_step(tmp_path, capsys):
+    stages = [Stage(0, "head"), Stage(on_plateau("eval_loss", patience=1, min_delta=9.0), "layers[-1]")]
+    make_trainer(tmp_path, StagedUnfreezing(stages), eval_strategy="steps", eval_steps=2).train()
+    table = capsys.readouterr().out
+    assert "2 stages, 6 steps" in table
+    assert "4 to 5" in table
+    assert "if no plateau comes" not in table

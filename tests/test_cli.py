@@ -353,7 +353,7 @@ def test_demo_compares_four_methods_and_runs_twice(here, hf_freeze, monkeypatch)
         code, out, err = hf_freeze("demo", "--seed", 3)
         assert (code, err) == (0, "")
     assert "40 train, 425 validation, 425 test texts, stratified, seed 3" in out
-    rows = [line for line in out.splitlines() if line.startswith("│")]
+    rows = [line for line in out.partition("test split, seed")[2].splitlines() if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == list(demo_methods.SETTINGS)
     assert max(map(len, rows)) <= 80
     assert "points from full fine-tuning" in out and "bit for bit" in out
