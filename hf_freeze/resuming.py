@@ -76,10 +76,11 @@ def compare(state: TrainerState, own: Recorded, loaded: bool) -> None:
         for number, (was, now) in pairs
         if was != now
     ]
-    if changes and loaded and before["parameters"] != own["parameters"]:
+    if loaded and before["parameters"] != own["parameters"]:
+        change = changes[0] if changes else "The same stages name something else now, in another model."
         raise ScheduleError(
-            f"{changes[0]} It trains other parameters, which the checkpoint's optimizer does not know. Start a new run "
-            f"from the checkpoint's weights."
+            f"{change} It trains other parameters than at the checkpoint of step {state.global_step}, whose optimizer "
+            f"does not know them. Start a new run from the checkpoint's weights."
         )
     if changes and state.is_world_process_zero:
         warnings.warn(f"{changes[0]} The run goes on with the schedule as it is now.", stacklevel=2)

@@ -446,3 +446,12 @@ def test_on_two_processes_all_ranks_change_stages_alike_and_as_one_process_does(
     assert [differing(*pair) for pair in zip(first["weights"], second["weights"], strict=True)] == [[]] * 7
     for step in range(7):
         torch.testing.assert_close(first["weights"][step], alone["weights"][step], rtol=0, atol=1e-6)
+
+
+def test_the_same_stages_over_other_parameters_are_refused_as_well():
+    state = TrainerState(global_step=3)
+    stages = [Stage(0, "adapters")]  # of the layers that a config names, which may be others in the next run
+    compare(state, recorded(stages, 6, 3, {"layers.0.down"}), loaded=False)
+    compare(state, recorded(stages, 6, 3, {"layers.0.down"}), loaded=True)
+    with pytest.raises(ScheduleError, match=r"same stages name something else.*It trains other parameters"):
+        compare(state, recorded(stages, 6, 3, {"layers.1.down"}), loaded=True)
