@@ -51,11 +51,12 @@ def is_whole(checkpoint: Path) -> bool:
     The main process writes ``trainer_state.json`` last. The others may be late with their random states, and each file
     may be cut off where a checkpoint is written again over an older half.
     """
-    names = {path.name for path in checkpoint.glob("*")}
+    files = list(checkpoint.glob("*"))
+    names = {path.name for path in files}
     # on more processes than one, each writes its own
     ranks = range(int(os.environ.get("WORLD_SIZE", 1))) if "rng_state_0.pth" in names else ()
     needed = {_LAST_WRITTEN, *(f"rng_state_{rank}.pth" for rank in ranks)}
-    return needed <= names and all(_WHOLE.get(path.suffix, Path.exists)(path) for path in checkpoint.glob("*"))
+    return needed <= names and all(_WHOLE.get(path.suffix, Path.exists)(path) for path in files)
 
 
 def _is_json(path: Path) -> bool:

@@ -85,9 +85,9 @@ def module_launch(model: nn.Module) -> Launch:
     Raises:
         ScheduleError: a bare model on several processes; FSDP without ``use_orig_params``.
     """
+    if (ddp := wrapping(model)) is not None:
+        return Launch(DDP, 1, ddp.find_unused_parameters, ddp.static_graph, rebuilds=can_rebuild(ddp))
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
-    if isinstance(model, DistributedDataParallel):
-        return Launch(DDP, 1, model.find_unused_parameters, model.static_graph, rebuilds=can_rebuild(model))
     if isinstance(model, nn.DataParallel):
         return Launch(devices=max(2, len(model.device_ids)))
     for base in type(model).__mro__:

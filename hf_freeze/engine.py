@@ -28,7 +28,7 @@ from .errors import ScheduleError
 from .freezing import freeze, unfreeze
 from .holding import hold_back, release
 from .layers import layer_map
-from .optim import Factor, Regrouping, regroup, require_lambdas, require_steps, steps_at_once, unwrap
+from .optim import Factor, Regrouping, carry_over, regroup, require_lambdas, require_steps, steps_at_once, unwrap
 from .reducer import reduce_what_trains
 from .schedules import UnfreezeSchedule
 from .sharding import read_anew
@@ -155,7 +155,7 @@ class StageEngine:
         self._regrouping = regroup(
             run.optimizer, run.scheduler, lambda p: timelines.get(id(p), ()), lambda own: _factor(own, run.stride)
         )
-        _carry_over(before, run.optimizer.param_groups)
+        carry_over(before, run.optimizer.param_groups)
 
     def enter(self, step: int) -> PlannedStage | None:
         """Makes the model train what is due at an optimizer step; returns the stage if it has changed, else None."""
@@ -299,15 +299,6 @@ class _Run:
     rates: Mapping[str, float]
     total_steps: int
     steps_per_epoch: float | None
-
-
-def _carry_over(before: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
-    """Gives groups that were split anew what the optimizer has kept in those before, such as counts of steps."""
-    group_of = {id(parameter): group for group in before for parameter in group["params"]}
-    for group in groups:
-        for key, value in group_of.get(id(next(iter(group["params"]), None)), {}).items():
-            if key not in ("params", "lr"):
-                group[key] = value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _metric(stage: Stage) -> str:

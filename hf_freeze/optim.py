@@ -179,8 +179,20 @@ def _split(whole: Group, runs: Sequence[list[Any]]) -> list[Group]:
     own = {key for part in parts for key in part}
     shared = {key: value for key, value in whole.items() if key != _APART and key not in own}
     groups = [{**shared, **part, "params": run} for part, run in zip(parts, runs, strict=True)]
-    # a tensor of the group itself is a counter, counted up in place
-    return [{key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in group.items()} for group in groups]
+    return [{key: _own(value) for key, value in group.items()} for group in groups]
+
+
+def carry_over(before: Sequence[Group], groups: Sequence[Group]) -> None:
+    """Gives groups that were split anew what the optimizer has kept in those before, such as counts of steps."""
+    group_of = {id(parameter): group for group in before for parameter in group["params"]}
+    for group in groups:
+        kept = group_of.get(id(next(iter(group["params"]), None)), {})
+        group.update({key: _own(value) for key, value in kept.items() if key not in ("params", "lr")})
+
+
+def _own(value: Any) -> Any:
+    """Returns what one of several groups gets of a value: a tensor in a group is a counter, counted up in place."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _kept_apart(parts: Sequence[Group]) -> Group:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
-from .errors import ScheduleError
+from .errors import ScheduleError, nearest
 from .holding import held_back
 from .layers import LayerMap, Segment
 from .stages import Rate, Sample, Stage, Start, is_count, is_positive
@@ -267,3 +267,14 @@ class Lisa:
 
 Preset = Gradual | BottomUp | ChainThaw | LpFt | Lisa
 PRESETS: dict[str, type[Preset]] = {preset.name: preset for preset in (Gradual, BottomUp, ChainThaw, LpFt, Lisa)}
+
+
+def preset_class(name: object) -> type[Preset]:
+    """Returns the preset of a name.
+
+    Raises:
+        ScheduleError: there is none, with the nearest names.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ScheduleError(f"Unknown preset {name!r}.{nearest(str(name), PRESETS)} There are: {', '.join(PRESETS)}.")
+    return PRESETS[name]

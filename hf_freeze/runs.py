@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from .adapters import BottleneckConfig
 from .callbacks import StagedUnfreezing
 from .data import EMBEDDED, Split, TextCorpus, check_model, metrics, tokenize
-from .errors import AdapterError, DataError, FreezeError, ScheduleError, SelectorError, nearest
+from .errors import AdapterError, DataError, FreezeError, ScheduleError, SelectorError
 from .freezing import freeze
 from .layers import layer_map
-from .presets import PRESETS, BottomUp, ChainThaw, Gradual
+from .presets import BottomUp, ChainThaw, Gradual, preset_class
 from .schedules import UnfreezeSchedule
 from .summary import trainable_summary
 
@@ -72,10 +72,8 @@ class FineTuning:
             if not 0 < getattr(self, quantity) < float("inf"):
                 raise FreezeError(f"{quantity} is {getattr(self, quantity)}: write a positive number.")
         schedule = self.unfreeze
-        if isinstance(schedule, str) and schedule not in PRESETS:
-            raise ScheduleError(
-                f"Unknown preset {schedule!r}.{nearest(schedule, PRESETS)} There are: {', '.join(PRESETS)}."
-            )
+        if isinstance(schedule, str):
+            preset_class(schedule)  # refuses what is none
         if self.adapter and schedule and (isinstance(schedule, str) or schedule.preset):
             raise AdapterError(
                 "A preset stages what trains, and with adapters that is the adapters and the head alone. Write the "
@@ -207,7 +205,9 @@ def schedule_of(model: PreTrainedModel, spec: FineTuning, texts: int) -> Unfreez
     Raises:
         ScheduleError: the run has fewer steps than the preset has stages, or a stage waits for an evaluation.
     """
-    schedule = UnfreezeSchedule(preset=PRESETS[spec.unfreeze]()) if isinstance(spec.unfreeze, str) else spec.unfreeze
+    schedule = (
+        UnfreezeSchedule(preset=preset_class(spec.unfreeze)()) if isinstance(spec.unfreeze, str) else spec.unfreeze
+    )
     assert schedule is not None  # there is nothing to ask for otherwise
     stages = schedule.stages_for(model)
     if waiting := [stage for stage in stages if stage.waits]:

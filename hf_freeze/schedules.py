@@ -21,7 +21,7 @@ from torch import nn
 from .conditions import Plateau
 from .errors import ScheduleError, nearest
 from .layers import layer_map
-from .presets import PRESETS, BottomUp, ChainThaw, Gradual, Lisa, LpFt, Preset
+from .presets import PRESETS, BottomUp, ChainThaw, Gradual, Lisa, LpFt, Preset, preset_class
 from .preview import Preview, preview
 from .stages import Rate, Sample, Stage, Start, plain, read_start
 from .timetable import rehearse, trainable_sets
@@ -210,9 +210,7 @@ class UnfreezeSchedule:
             case {"stages": [_, *_] as stages, **rest} if not rest:
                 return cls([_construct(Stage, stage) for stage in stages])
             case {"preset": {"name": name, **options}, **rest} if not rest:
-                if str(name) not in PRESETS:
-                    raise ScheduleError(f"Unknown preset {name!r}.{nearest(str(name), PRESETS)} There are: {_NAMES}.")
-                return cls(preset=_construct(PRESETS[name], options))
+                return cls(preset=_construct(preset_class(name), options))
         raise ScheduleError(
             "A schedule in YAML has one key: 'stages' with a list ([{start: 0, unfreeze: head}]), or 'preset' "
             "({name: gradual})."

@@ -11,7 +11,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses, modules
 from tokenizers import Tokenizer, models, pre_tokenizers
-from training import Watch
+from training import SMALL_RUN, Watch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -36,13 +36,7 @@ ARGUMENTS = {
     "learning_rate": RATE,
     "lr_scheduler_type": "linear",
     "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
+    **SMALL_RUN,
     # steps of AdamW are as large as the rate, so that what has a gradient is seen to move
     "optim": "adamw_torch",
 }

@@ -21,6 +21,16 @@ from transformers import (
 
 LAYERS = 3
 BATCH = 2
+# Arguments of a Trainer: each step logged, nothing saved or shown, on the CPU.
+SMALL_RUN: dict[str, Any] = {
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
 
 # accelerate 1.15 collects garbage at the start of each train(), which takes longer than the whole run when it walks
 # through all that transformers has imported
@@ -61,16 +71,10 @@ def make_trainer(
     own = {key: options.pop(key) for key in names if key in options}
     arguments = {
         "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": 1,
         "max_steps": steps,
         "learning_rate": 0.01,
         "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+        **SMALL_RUN,
         **options,
     }
     data = rows(3 * BATCH * arguments["gradient_accumulation_steps"])

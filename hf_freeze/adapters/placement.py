@@ -9,7 +9,7 @@ anything. How data passes through:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,25 +58,27 @@ def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
     layers = layer_map(model)
     chosen = target_layers(layers, config.layers)
     blocks = {block_of(layer): _factor(layers, config, layer) for layer in layers if layer in chosen}
-    reasons = unreachable(model, blocks)
     if config.placement == "layer":
+        _require_reachable(model, unreachable(model, blocks))
         sites = [_site(model, config, block, block, factor) for block, factor in blocks.items()]
     else:
         parts = {block: find_sublayers(model, block, width_of(model, block)) for block in blocks}
         seen = watch(model, parts)
+        _require_reachable(model, dict.fromkeys(sorted(seen.reversible), REVERSIBLE))
         sites = [
             _site(model, config, block, module, factor, reads, entry)
             for block, factor in blocks.items()
             for module, reads, entry in _modules(config, block, parts[block], seen)
         ]
     found = {site.module: site for site in sites}
-    for block, reason in reasons.items():
-        if block in found or reason == REVERSIBLE:
-            mend = "Freeze and unfreeze layers instead." if reason == REVERSIBLE else "Use placement='houlsby'."
-            raise AdapterError(f"{block!r} ({type(model.get_submodule(block)).__name__}) {reason}. {mend}")
     if config.gating or config.stochastic_depth:
         check_samples(model, found)
     return found
+
+
+def _require_reachable(model: nn.Module, reasons: Mapping[str, str]) -> None:
+    for block, reason in reasons.items():
+        raise AdapterError(f"{block!r} ({type(model.get_submodule(block)).__name__}) {reason}")
 
 
 def check_samples(model: nn.Module, modules: Collection[str], flat: bool = False) -> None:

@@ -21,8 +21,12 @@ from ..inputs import example_inputs
 from ..layers import is_norm
 from ..stacks import join
 
-BYPASSED = "is run by its forward(), past all hooks, so an adapter behind it would do nothing"
-REVERSIBLE = "is run once more, backwards, for its gradients, which an adapter would spoil"
+_BYPASSED = (
+    "is run by its forward(), past all hooks, so an adapter behind it would do nothing. Use placement='houlsby'."
+)
+REVERSIBLE = (
+    "is run once more, backwards, for its gradients, which an adapter would spoil. Freeze and unfreeze layers instead."
+)
 
 _ATTENTION = re.compile(r"Attention|Attn")
 _CROSS = re.compile(r"cross|enc(oder)?_?(dec)?_?att", re.IGNORECASE)
@@ -136,6 +140,7 @@ class Pass:
         norms_before: By layer the norm whose output goes into the feed-forward.
         entered: By layer the shape of what goes into the feed-forward.
         left: By layer the shape of what the feed-forward puts out, having been entered.
+        reversible: The layers that are run backwards once more for their gradients.
     """
 
     called: set[str] = field(default_factory=set)
@@ -143,6 +148,7 @@ class Pass:
     norms_before: dict[str, str] = field(default_factory=dict)
     entered: dict[str, torch.Size] = field(default_factory=dict)
     left: dict[str, torch.Size] = field(default_factory=dict)
+    reversible: set[str] = field(default_factory=set)
 
 
 def watch(model: nn.Module, parts: Mapping[str, SubLayers]) -> Pass:
@@ -160,8 +166,8 @@ def watch(model: nn.Module, parts: Mapping[str, SubLayers]) -> Pass:
             "chunk_size_feed_forward cuts the feed-forward into pieces. Set it to 0, or use placement='layer'."
         )
     try:
-        with torch.random.fork_rng(), torch.no_grad(), _as_base(model), _watched(model, parts) as seen:
-            model(**example_inputs(model))
+        with _watched(model, parts) as seen:
+            _run(model)
     except Exception as error:  # whatever a model raises: the mend is the same
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AdapterError(
@@ -179,23 +185,22 @@ def batch_shapes(model: nn.Module, modules: Collection[str]) -> dict[str, list[t
     """
     shapes: dict[str, list[torch.Size]] = {}
     for batch in (2, 3):
-        with torch.random.fork_rng(), torch.no_grad(), _as_base(model):
-            noted: dict[str, torch.Size] = {}
-            handles = [model.get_submodule(name).register_forward_hook(_note_shape(name, noted)) for name in modules]
-            try:
-                model(**example_inputs(model, batch))
-            except Exception:  # whatever a model raises: nothing is known then
-                return {}
-            finally:
-                for handle in handles:
-                    handle.remove()
+        noted: dict[str, torch.Size] = {}
+        handles = [model.get_submodule(name).register_forward_hook(_note_shape(name, noted)) for name in modules]
+        try:
+            _run(model, batch)
+        except Exception:  # whatever a model raises: nothing is known then
+            return {}
+        finally:
+            for handle in handles:
+                handle.remove()
         for name, shape in noted.items():
             shapes.setdefault(name, []).append(shape)
     return {name: both for name, both in shapes.items() if len(both) == 2}
 
 
 def unreachable(model: nn.Module, blocks: Collection[str]) -> dict[str, str]:
-    """Runs `model` once on small inputs and tells which layers no hook can change, each with the reason.
+    """Runs `model` once on small inputs and tells which layers no hook can change, each with the reason and the mend.
 
     Args:
         model: The model; its modes and the state of the random numbers come back as they were.
@@ -218,26 +223,26 @@ def unreachable(model: nn.Module, blocks: Collection[str]) -> dict[str, str]:
             if inner is not layer
         ]
     try:
-        with torch.random.fork_rng(), torch.no_grad(), _as_base(model):
-            model(**example_inputs(model))
+        _run(model)
     except Exception:  # whatever a model raises: nothing is known then
         return {}
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        **dict.fromkeys(sorted(entered - called), BYPASSED),
-        **dict.fromkeys(sorted(reversible), REVERSIBLE),
-    }
+    return {**dict.fromkeys(sorted(entered - called), _BYPASSED), **dict.fromkeys(sorted(reversible), REVERSIBLE)}
 
 
 def _note_layer(block: str, called: set[str], reversible: set[str]) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: Any, output: Any) -> None:
         called.add(block)
-        if hasattr(output, "_fields"):  # the two streams of a reversible layer, by name
+        if _is_reversible(output):
             reversible.add(block)
 
     return hook
+
+
+def _is_reversible(output: Any) -> bool:
+    return hasattr(output, "_fields")  # the two streams of a reversible layer, by name
 
 
 def _note_entered(block: str, entered: set[str]) -> Callable[..., None]:
@@ -254,6 +259,12 @@ def _note_shape(name: str, noted: dict[str, torch.Size]) -> Callable[..., None]:
             noted[name] = hidden.shape
 
     return hook
+
+
+def _run(model: nn.Module, batch: int = 1) -> None:
+    """Runs `model` once on small inputs, without gradients and adapters; it comes back as it was."""
+    with torch.random.fork_rng(), torch.no_grad(), _as_base(model):
+        model(**example_inputs(model, batch))
 
 
 @contextmanager
@@ -326,6 +337,8 @@ def _note_call(
             seen.called.add(name)
         if name == feed_forward and block in seen.entered and isinstance(hidden, torch.Tensor):
             seen.left[block] = hidden.shape
+        if name == block and _is_reversible(output):
+            seen.reversible.add(block)
         if name == block and id(hidden) in outputs:
             seen.closing_norms[block] = outputs[id(hidden)][0]
 
