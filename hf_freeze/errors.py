@@ -30,6 +30,18 @@ class AdapterError(FreezeError):
     """An adapter configuration that can't be built or attached."""
 
 
+class AuditError(FreezeError):
+    """An audit that can't be made: no backward before it, no batch for what has to be measured, no such code."""
+
+
+class CertificateError(FreezeError):
+    """A frozen tensor that has changed, or one that can't be hashed."""
+
+
+class PlanError(FreezeError):
+    """A plan that can't be made: of a model that can't be followed, or for too little memory."""
+
+
 class DataError(FreezeError):
     """A data set, a model folder or an output folder that can't be used."""
 
