@@ -25,6 +25,8 @@ _HOMES = {
     "freezing": ["freeze", "freeze_until", "frozen_modules", "unfreeze"],
     "layers": ["LayerMap", "Segment", "layer_map"],
     "optim": ["parameter_groups"],
+    "recipes": ["Recipe"],
+    "report.recording": ["RunRecorder"],
     "schedules": ["UnfreezeSchedule"],
     "selectors": ["select"],
     "stages": ["Sample", "Stage"],
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from .layers import Segment as Segment
     from .layers import layer_map as layer_map
     from .optim import parameter_groups as parameter_groups
+    from .recipes import Recipe as Recipe
+    from .report.recording import RunRecorder as RunRecorder
     from .schedules import UnfreezeSchedule as UnfreezeSchedule
     from .selectors import select as select
     from .stages import Sample as Sample

@@ -42,6 +42,14 @@ class PlanError(FreezeError):
     """A plan that can't be made: of a model that can't be followed, or for too little memory."""
 
 
+class CacheError(FreezeError):
+    """A prefix cache that can't be set up as asked."""
+
+
+class RecipeError(FreezeError):
+    """A recipe that can't be read, or a field of it with a value that can't be used."""
+
+
 class DataError(FreezeError):
     """A data set, a model folder or an output folder that can't be used."""
 
