@@ -4,7 +4,9 @@
 
 Makes a virtual environment with `adapters` 1.3.0 (which needs an older transformers) on its first run. All contenders
 train the embedded BERT on the same tokens of the embedded news, in turns, each in a process of its own; a ratio below
-1 means that the first is faster. Prints the medians over the rounds, with machine, versions, seed and date.
+1 means that the first is faster. hf_freeze runs twice for each placement: by `add_adapter` alone, which leaves the
+base's dropout on as `adapters` does, and with the base frozen, as `AutoFreezeModelFor...(freeze="base")` has it: in eval
+mode. Prints the medians over the rounds, with machine, versions, seed and date.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main() -> None:
     contenders["hf_freeze, layer"] = (sys.executable, "layer")
     for placement in PLACEMENTS:
         contenders[f"hf_freeze, {placement}"] = (sys.executable, placement)
+        contenders[f"hf_freeze, {placement}, base frozen"] = (sys.executable, f"{placement}+freeze")
         contenders[f"adapters, {placement}"] = (peer, placement)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for number in range(options.rounds):
@@ -101,12 +104,10 @@ def show(results: dict[str, list[dict[str, float]]], options: argparse.Namespace
         ratio = row["ms"] / full["ms"]
         print(f"| {name} | {row['trainable']:,.0f} | {row['ms']:.0f} | {ratio:.2f} | {row['mib']:.0f} |")
     print()
-    for placement in PLACEMENTS:
-        pairs = zip(results[f"hf_freeze, {placement}"], results[f"adapters, {placement}"], strict=True)
+    for name in (f"{placement}{way}" for placement in PLACEMENTS for way in ("", ", base frozen")):
+        pairs = zip(results[f"hf_freeze, {name}"], results[f"adapters, {name.partition(',')[0]}"], strict=True)
         ratios = [ours["ms"] / theirs["ms"] for ours, theirs in pairs]
-        print(
-            f"{placement}: hf_freeze / adapters = {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
-        )
+        print(f"{name}: hf_freeze / adapters = {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
     print(
         f"\n{datetime.date.today()}, {platform.machine()}, {options.threads} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {PEER}; MiniLM, batch 16 x 128 tokens, AdamW, seed 0; medians of "

@@ -32,10 +32,13 @@ def build(method: str, library: str, folder: str) -> torch.nn.Module:
 
         model.add_adapter(LoraConfig(r=8, target_modules=["query", "value"], modules_to_save=["classifier"]))
         return model
-    from hf_freeze import BottleneckConfig
+    from hf_freeze import BottleneckConfig, freeze
 
-    preset: Any = getattr(BottleneckConfig, method, BottleneckConfig)
+    placement, _, frozen = method.partition("+")
+    preset: Any = getattr(BottleneckConfig, placement, BottleneckConfig)
     model.add_adapter(preset(modules_to_save=["classifier"]))
+    if frozen:
+        freeze(model, "base")
     return model
 
 
