@@ -17,7 +17,10 @@ _HOMES = {
     "adapters": ["BottleneckConfig"],
     "adapters.adapterhub": ["load_adapterhub", "save_adapterhub"],
     "adapters.fusion": ["average_adapters"],
+    "auditing": ["AuditCallback", "AuditReport", "Finding", "audit"],
+    "cache": ["PrefixCache"],
     "callbacks": ["StagedUnfreezing"],
+    "certify": ["CertifyCallback", "certify_frozen"],
     "checkpoints": ["last_whole_checkpoint"],
     "conditions": ["on_plateau"],
     "engine": ["attach_schedule"],
@@ -25,7 +28,10 @@ _HOMES = {
     "freezing": ["freeze", "freeze_until", "frozen_modules", "unfreeze"],
     "layers": ["LayerMap", "Segment", "layer_map"],
     "optim": ["parameter_groups"],
+    "planning": ["Plan", "fits", "plan"],
     "recipes": ["Recipe"],
+    "report.html": ["write_report"],
+    "report.plots": ["plot_run"],
     "report.recording": ["RunRecorder"],
     "schedules": ["UnfreezeSchedule"],
     "selectors": ["select"],
@@ -40,7 +46,14 @@ if TYPE_CHECKING:
     from .adapters.adapterhub import load_adapterhub as load_adapterhub
     from .adapters.adapterhub import save_adapterhub as save_adapterhub
     from .adapters.fusion import average_adapters as average_adapters
+    from .auditing import AuditCallback as AuditCallback
+    from .auditing import AuditReport as AuditReport
+    from .auditing import Finding as Finding
+    from .auditing import audit as audit
+    from .cache import PrefixCache as PrefixCache
     from .callbacks import StagedUnfreezing as StagedUnfreezing
+    from .certify import CertifyCallback as CertifyCallback
+    from .certify import certify_frozen as certify_frozen
     from .checkpoints import last_whole_checkpoint as last_whole_checkpoint
     from .conditions import on_plateau as on_plateau
     from .engine import attach_schedule as attach_schedule
@@ -53,7 +66,12 @@ if TYPE_CHECKING:
     from .layers import Segment as Segment
     from .layers import layer_map as layer_map
     from .optim import parameter_groups as parameter_groups
+    from .planning import Plan as Plan
+    from .planning import fits as fits
+    from .planning import plan as plan
     from .recipes import Recipe as Recipe
+    from .report.html import write_report as write_report
+    from .report.plots import plot_run as plot_run
     from .report.recording import RunRecorder as RunRecorder
     from .schedules import UnfreezeSchedule as UnfreezeSchedule
     from .selectors import select as select

@@ -198,3 +198,12 @@ def _require_ddp(launch: Launch) -> None:
             "Stages under DDP need find_unused_parameters: set ddp_find_unused_parameters=True, or pass it to the "
             "Accelerator by DistributedDataParallelKwargs. Checkpoint activations with use_reentrant=False."
         )
+
+
+def spread_over(model: nn.Module) -> str | None:
+    """Returns by what the parameters of a bare model lie in shards, or None where each process holds them whole."""
+    for module in model.modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS:
+                return _WRAPPERS[base.__name__]
+    return DEEPSPEED if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None

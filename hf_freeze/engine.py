@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ from .schedules import UnfreezeSchedule
 from .sharding import read_anew
 from .stages import Stage
 from .timetable import PlannedStage, first_steps, plan, rehearse, trainable_sets
+
+_RUNNING: WeakKeyDictionary[nn.Module, StageEngine] = WeakKeyDictionary()
 
 Timeline = tuple[tuple[int, float, int], ...]  # (step, factor on the rate, warm-up steps) of one parameter
 
@@ -115,12 +118,14 @@ class StageEngine:
             self._regrouping = None
         self._run = _Run(optimizer, scheduler, stride, rates, total_steps, steps_per_epoch)
         self._plan(history)
+        _RUNNING[self.model] = self
 
     def detach(self) -> None:
         """Gives the optimizer its own groups back; the model stays in the stage that it is in."""
         if self._regrouping is not None:
             self._regrouping.undo()
             self._regrouping = self._run = None
+            _RUNNING.pop(self.model, None)
             release(self.model)
 
     def consult(self, history: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -235,6 +240,11 @@ class StageEngine:
         if idle := sorted(name for name in self.union if not rates[name] > 0):
             raise ScheduleError(f"The optimizer's own rate of {idle[0]!r} is {rates[idle[0]]}. Give a positive one.")
         return rates
+
+
+def engine_of(model: nn.Module) -> StageEngine | None:
+    """Returns the engine that is attached to a model, so that others can tell what is to come; None without one."""
+    return _RUNNING.get(model)
 
 
 def attach_schedule(

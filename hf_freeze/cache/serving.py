@@ -1,0 +1,351 @@
+"""One stack's prefix on one model: which batches are served from the cache, and what is kept.
+
+What lives here: `Server`, a few hooks on a model. What may not: how a forward pass goes on without its prefix
+(`replay.py`), the callback. How data passes through:
+
+    model is called -> how deep is the prefix now? tried yet? -> its entry is called -> keys -> rows known, rows missing
+    -> the prefix runs on the missing ones alone, and they are kept -> all rows take the prefix's place
+
+A prefix whose parts train, or move, or have been changed is noticed in each call; what was kept of it is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..engine import engine_of
+from .keys import MASK, Row, batch_size, read_rows, strange_input
+from .prefix import Prefix, checksum, fingerprint, versions
+from .replay import Layout, Unfit, examine, named_inputs, replaced, run_prefix
+from .storage import CHUNK, Room, Store
+
+FORMAT = 1  # of the files
+MULTIPLE = 8  # of the length that rows are padded to: torch's attention on the CPU then rounds alike at any length
+_DECODING = ("past_key_values", "encoder_hidden_states")
+_RECORDING = ("output_hidden_states", "output_attentions")
+_CHANGED = "Frozen weights have been changed: what was cached of them is dropped."
+_CHECK_SHARE = 0.01  # of the time that may go into checksums of the weights
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a `PrefixCache` was told."""
+
+    dtype: str
+    prefix_dtype: torch.dtype | None
+    folder: Path | None
+
+
+@dataclass
+class Counts:
+    """What came of the rows: found, computed, and neither, where the cache stood aside."""
+
+    hits: int = 0
+    misses: int = 0
+    passed: int = 0
+
+
+@dataclass
+class _Depth:
+    """What is known of the prefix at one depth."""
+
+    store: Store
+    tensors: list[Tensor]
+    versions: tuple[int, ...]
+    checksum: tuple[int, ...]
+
+
+class Done(Exception):
+    """Ends a call that was to fill the cache."""
+
+
+class Server:
+    """Serves the prefix of one stack of a model.
+
+    Args:
+        model: The model that is called.
+        prefix: The prefix; it lies in the model.
+        settings: What the cache was told.
+        room: Where space comes from.
+        tell: Takes what the user should know, once each.
+    """
+
+    def __init__(
+        self, model: nn.Module, prefix: Prefix, settings: Settings, room: Room, tell: Callable[[str], None]
+    ) -> None:
+        self.model, self.prefix, self.settings, self.room, self.tell = model, prefix, settings, room, tell
+        self.counts = Counts()
+        self.filling = False  # whether a call ends where the cache is filled
+        self._depths: dict[tuple[int, bool], _Depth] = {}  # by depth, and whether of the first token alone
+        self._layouts: dict[tuple[Any, ...], Layout | None] = {}
+        self._layout: Layout | None = None  # of the call that is under way
+        self._busy = self._full = False
+        self._checked, self._check_took = time.perf_counter(), 0.0
+        self._replaced = ExitStack()
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            prefix.entry.register_forward_pre_hook(self._serve, with_kwargs=True),
+            prefix.entry.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Makes copies of a model, and files of it, hold nothing of the cache: its hooks do nothing there."""
+        return (_Gone, ())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows that are kept."""
+        return sum(depth.store.nbytes for depth in self._depths.values())
+
+    def close(self) -> None:
+        """Takes the hooks off, and lets go of the rows."""
+        for handle in self._handles:
+            handle.remove()
+        for depth in list(self._depths):
+            self._drop(depth)
+
+    def check_weights(self) -> None:
+        """Drops rows of weights that were changed past torch's notice (``weight.data``); takes 1% of the time at most."""
+        began = time.perf_counter()
+        if (began - self._checked) * _CHECK_SHARE < self._check_took:
+            return
+        for name, depth in list(self._depths.items()):
+            if checksum(depth.tensors) != depth.checksum:
+                self._drop(name)
+                self.tell(_CHANGED)
+        self._checked = time.perf_counter()
+        self._check_took = self._checked - began
+
+    # What happens in a call
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._layout = None
+        if self._busy or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        depth, reason = self.prefix.depth()
+        if not depth:
+            self.tell(f"The prefix cache stands aside: {reason}, so that there is no frozen prefix.")
+            return
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
+        situation = (depth, model.training, autocast, outside)
+        if situation not in self._layouts:
+            self._layouts[situation] = self._try(depth, args, kwargs)
+        self._layout = self._layouts[situation]
+
+    def _try(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
+        self._busy = True
+        try:
+            return examine(self.model, self.prefix, depth, args, kwargs)
+        except Unfit as error:
+            self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {error}.")
+        finally:
+            self._busy = False
+        return None
+
+    def _serve(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layout = self._layout
+        if layout is None or self._busy:
+            return
+        inputs = named_inputs(entry, args, kwargs)
+        if reason := self._unfit(inputs):
+            self.counts.passed += batch_size(inputs)
+            self.tell(f"The prefix cache stands aside where {reason}.")
+            return
+        rows = read_rows(inputs, layout.by_tokens)
+        if layout.first_only and any(row.start for row in rows):
+            self.counts.passed += len(rows)
+            return
+        hidden = self._batch(layout, inputs, rows)
+        if self.filling:
+            raise Done
+        length = inputs[MASK].shape[1] if layout.by_tokens else 0
+        self._replaced.enter_context(replaced(self.prefix, layout, hidden, len(rows), length))
+
+    def _end(self, entry: nn.Module, args: Any, output: Any) -> None:
+        if not self._busy:
+            self._replaced.close()
+
+    def _unfit(self, inputs: Mapping[str, Any]) -> str | None:
+        config = getattr(self.prefix.entry, "config", None)
+        for name in _RECORDING:
+            asked = inputs.get(name)
+            if asked or (asked is None and getattr(config, name, False)):
+                return f"{name} is asked for"
+        for name in _DECODING:
+            if inputs.get(name) is not None:
+                return f"{name} is given"
+        return strange_input(inputs)
+
+    # What is known, and what is missing
+
+    def _batch(self, layout: Layout, inputs: dict[str, Any], rows: list[Row]) -> Tensor:
+        store = self._depth(layout.depth, layout).store
+        found = {row.key: store.get(row.key) for row in rows if row.key in store}
+        known = {key: part for key, part in found.items() if part is not None}
+        missing = {row.key: index for index, row in enumerate(rows) if row.key not in known}
+        if missing:
+            known |= self._fill(layout, inputs, rows, list(missing.values()))
+        self.counts.misses += sum(row.key in missing for row in rows)
+        self.counts.hits += sum(row.key not in missing for row in rows)
+        parts = [known[row.key] for row in rows]
+        hidden = _joined(layout, rows, parts, inputs[MASK].shape[1] if layout.by_tokens else 0)
+        hidden = hidden.to(next(self.prefix.entry.parameters()).device)
+        return hidden.requires_grad_() if layout.needs_grad and torch.is_grad_enabled() else hidden
+
+    def _fill(self, layout: Layout, inputs: dict[str, Any], rows: list[Row], missing: list[int]) -> dict[bytes, Tensor]:
+        """Computes rows that are not known, keeps them, and returns them as they will be found."""
+        part = self._part(inputs, [rows[index] for index in missing], missing, layout)
+        depths = self._wanted(layout)
+        self._busy = True
+        try:
+            outputs = run_prefix(self.prefix, part, depths, self.settings.prefix_dtype)
+        finally:
+            self._busy = False
+        found = {}
+        for depth, hidden in outputs.items():
+            store = self._depth(depth, layout).store
+            for number, index in enumerate(missing):
+                content = _content(layout, rows[index], hidden[number], depth)
+                kept = self._keep(store, rows[index].key, content)
+                if depth == layout.depth:
+                    found[rows[index].key] = kept
+        return found
+
+    def _keep(self, store: Store, key: bytes, content: Tensor) -> Tensor:
+        if key not in store and not self._full:
+            try:
+                store.put(key, content)
+            except OSError as error:
+                self._full = True
+                self.tell(f"The prefix cache is full ({error}): further rows are computed each time.")
+        kept = store.get(key) if key in store else None
+        return content if kept is None else kept
+
+    def _part(self, inputs: dict[str, Any], rows: list[Row], chosen: list[int], layout: Layout) -> dict[str, Any]:
+        """Returns the inputs of some rows, their padding cut or lengthened to a multiple of 8 tokens."""
+        count = batch_size(inputs)
+        picked = {
+            name: value[chosen] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
+            for name, value in inputs.items()
+        }
+        if not layout.by_tokens:
+            return picked
+        length = inputs[MASK].shape[1]
+        wanted = -(-max(row.end for row in rows) // MULTIPLE) * MULTIPLE
+        whole = [v for v in picked.values() if isinstance(v, Tensor) and length in v.shape[1:]]
+        if any(value.dim() < 2 or value.shape[0] != len(rows) or value.shape[1] != length for value in whole):
+            return picked  # something else of that length, which nobody knows how to cut
+        pad = getattr(getattr(self.prefix.entry, "config", None), "pad_token_id", None) or 0
+        return {
+            name: _of_length(value, wanted, pad if name == "input_ids" else 0)
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length
+            else value
+            for name, value in picked.items()
+        }
+
+    # Depths, and what they depend on
+
+    def _wanted(self, layout: Layout) -> list[int]:
+        """Returns the depths to keep in a pass: the one that is on, and those that a known schedule comes to."""
+        if not layout.by_tokens or self._full or self.room.memory - self.room.in_memory < 2 * CHUNK:
+            return [layout.depth]
+        return sorted({layout.depth, *(depth for depth in self._coming() if 0 < depth < layout.depth)})
+
+    def _coming(self) -> set[int]:
+        """Returns the depths of this stage and the later ones, where a schedule runs that is known beforehand."""
+        engine = engine_of(self.model)
+        if engine is None or engine.current is None:
+            return set()
+        parameters = dict(self.model.named_parameters())
+        stages = engine.planned[engine.current :]
+        return {self.prefix.depth_below({id(parameters[n]) for n in stage.trainable}) for stage in stages}
+
+    def _depth(self, number: int, layout: Layout) -> _Depth:
+        """Returns what is known at a depth, if the weights are still those; else begins anew."""
+        name = (number, layout.first_only and number == layout.depth)
+        known = self._depths.get(name)
+        if known is not None:
+            if known.versions == versions(known.tensors):
+                return known
+            self.tell(_CHANGED)
+            self._drop(name)
+        self._full = False
+        coming = self._coming()
+        for other in [other for other in self._depths if coming and other[0] not in coming]:
+            self._drop(other)
+        tensors = [*self.prefix.tensors(number), *layout.shared]
+        store = self._open(name, tensors)
+        self._depths[name] = _Depth(store, tensors, versions(tensors), checksum(tensors))
+        return self._depths[name]
+
+    def _open(self, name: tuple[int, bool], tensors: list[Tensor]) -> Store:
+        settings = self.settings
+        if settings.folder is None:
+            return Store(settings.dtype, self.room)
+        config = getattr(self.prefix.entry, "config", None)
+        meta = {
+            "format": FORMAT,
+            "model": type(self.prefix.entry).__name__,
+            "stack": self.prefix.stack,
+            "depth": name[0],
+            "first token only": name[1],
+            "dtype": settings.dtype,
+            "prefix_dtype": str(settings.prefix_dtype),
+            "attention": str(getattr(config, "_attn_implementation", None)),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "autocast": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        }
+        meta["weights"] = fingerprint(tensors, sorted(meta.items()), config.to_json_string() if config else "")
+        store = Store(settings.dtype, self.room, settings.folder / str(meta["weights"])[:16], meta)
+        if store.refused:
+            self.tell(f"The prefix cache begins anew: {store.refused}.")
+        return store
+
+    def _drop(self, name: tuple[int, bool]) -> None:
+        self._depths.pop(name).store.close()
+
+
+class _Gone:
+    """What a copy of a model has in place of a `Server`: hooks that do nothing."""
+
+    def _begin(self, *_: Any) -> None: ...
+
+    def _serve(self, *_: Any) -> None: ...
+
+    def _end(self, *_: Any) -> None: ...
+
+
+def _content(layout: Layout, row: Row, hidden: Tensor, depth: int) -> Tensor:
+    """Returns what is kept of a row's hidden states: no padding, or the first token alone."""
+    if layout.first_only and depth == layout.depth:
+        return hidden[:1]
+    return hidden[row.start : row.end] if layout.by_tokens else hidden
+
+
+def _joined(layout: Layout, rows: list[Row], parts: list[Tensor], length: int) -> Tensor:
+    """Returns the hidden states of a batch; padding is zero, which nothing reads."""
+    if layout.first_only or not layout.by_tokens:
+        return torch.stack([part.to(layout.dtype) for part in parts])
+    hidden = parts[0].new_zeros((len(rows), length, *parts[0].shape[1:]), dtype=layout.dtype)
+    for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
+        hidden[index, row.start : row.end] = part
+    return hidden
+
+
+def _of_length(value: Tensor, length: int, padding: int) -> Tensor:
+    """Returns a tensor (batch, tokens, ...) with its tokens cut, or filled up, to a length."""
+    more = length - value.shape[1]
+    if more <= 0:
+        return value[:, :length]
+    return torch.cat([value, value.new_full((value.shape[0], more, *value.shape[2:]), padding)], dim=1)
