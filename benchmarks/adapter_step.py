@@ -5,8 +5,8 @@
 Makes a virtual environment with `adapters` 1.3.0 (which needs an older transformers) on its first run. All contenders
 train the embedded BERT on the same tokens of the embedded news, in turns, each in a process of its own; a ratio below
 1 means that the first is faster. hf_freeze runs twice for each placement: by `add_adapter` alone, which leaves the
-base's dropout on as `adapters` does, and with the base frozen, as `AutoFreezeModelFor...(freeze="base")` has it: in eval
-mode. Prints the medians over the rounds, with machine, versions, seed and date.
+base's dropout on as `adapters` does, and with the base frozen, as `AutoFreezeModelFor...(freeze="base")` has it, in
+eval mode. Prints the medians over the rounds, with machine, versions, seed and date.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class Server:
             self._drop(depth)
 
     def check_weights(self) -> None:
-        """Drops rows of weights that were changed past torch's notice (``weight.data``); takes 1% of the time at most."""
+        """Drops rows of weights that were changed past torch's notice (``weight.data``); takes 1% of time at most."""
         began = time.perf_counter()
         if (began - self._checked) * _CHECK_SHARE < self._check_took:
             return
