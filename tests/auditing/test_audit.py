@@ -1,0 +1,230 @@
+"""`audit` as a whole: what it refuses, what its report says, its three symptoms, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_freeze import AuditReport, BottleneckConfig, Finding, audit, freeze
+from hf_freeze.auditing.codes import CODES
+from hf_freeze.auditing.findings import in_bytes, merged
+from hf_freeze.auditing.measuring import activations_kept, as_it_was, relative_gradients
+from hf_freeze.errors import AuditError
+from hf_freeze.layers import layer_map
+from tests.tiny import tiny_inputs, tiny_model
+
+BATCH = {"input_ids": torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), "labels": torch.tensor([0, 1])}
+
+
+@pytest.fixture
+def bert(make_bert):
+    model = make_bert(num_hidden_layers=3).train()
+    freeze(model, "embeddings, layers[:2]")
+    return model
+
+
+def backward(model):
+    model(**BATCH).loss.backward()
+    return model
+
+
+def state(model):
+    """All that a measurement could change."""
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "identity": [id(tensor) for tensor in (*model.parameters(), *model.buffers())],
+        "gradients": [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+# What it takes, and what it refuses.
+
+
+def test_an_audit_before_a_backward_is_refused(bert):
+    with pytest.raises(AuditError, match=r"behind loss.backward\(\)"):
+        audit(bert)
+
+
+def test_an_unknown_symptom_is_refused(bert):
+    with pytest.raises(AuditError, match="Did you mean 'memory'"):
+        audit(bert, symptom="memoy")
+
+
+@pytest.mark.parametrize("symptom", ["memory", "accuracy"])
+def test_a_symptom_that_is_measured_wants_a_batch_with_labels(bert, symptom):
+    with pytest.raises(AuditError, match="Pass batch="):
+        audit(bert, symptom=symptom)
+    with pytest.raises(AuditError, match="Put labels into it"):
+        audit(bert, symptom=symptom, batch={"input_ids": BATCH["input_ids"]})
+
+
+def test_wrapped_models_are_audited_as_what_they_wrap(bert, one_process_group):
+    adapted = get_peft_model(bert, BottleneckConfig(bottleneck_size=4))
+    wrapped = DistributedDataParallel(adapted)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
+    backward(wrapped)
+
+    report = audit(wrapped, optimizer)
+
+    assert report.model_class == type(adapted).__name__
+    assert report.codes == ("HF005",)  # the base was frozen before, and PEFT was not told of the head
+
+
+# The report.
+
+
+def test_the_worst_comes_first_and_an_error_makes_it_false():
+    report = AuditReport("M", (Finding("HF003"), Finding("HF013"), Finding("HF001")))
+
+    assert report.codes == ("HF001", "HF013", "HF003")
+    assert not report.ok
+    assert AuditReport("M", (Finding("HF003"), Finding("HF013"))).ok
+
+
+def test_a_report_reads_alike_in_a_terminal_and_a_notebook(bert):
+    report = audit(backward(bert), torch.optim.SGD(bert.classifier.parameters(), lr=0.1))
+
+    html = report._repr_html_()
+
+    assert "HF006" in str(report) and "layers[2]" in str(report)
+    assert re.sub(r"<[^>]+>", "", html).replace("&#x27;", "'").split() == str(report).split()
+
+
+def test_a_report_is_saved_as_json(bert, tmp_path):
+    report = audit(backward(bert), torch.optim.SGD(bert.classifier.parameters(), lr=0.1))
+
+    report.save(tmp_path / "new" / "audit.json")
+
+    content = json.loads((tmp_path / "new" / "audit.json").read_text())
+    (found,) = content["findings"]
+    assert content.keys() == {"version", "step", "findings"}
+    assert found["code"] == "HF006" and found["severity"] == "error" and found["names"] == ["layers[2]", "pooler"]
+    assert found["title"] == CODES["HF006"].title and found["mend"] == CODES["HF006"].mend
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["audit.json"]
+
+
+def test_a_code_that_there_is_not_is_refused():
+    with pytest.raises(AuditError, match="'HF999' is no code"):
+        Finding("HF999")
+
+
+def test_two_audits_are_merged_by_code():
+    first, second = Finding("HF013", ("a",), "First."), Finding("HF013", ("b", "a"), "Second.")
+
+    assert merged([first], [second, Finding("HF001")]) == (Finding("HF013", ("a", "b"), "First."), Finding("HF001"))
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**30, "5.0 GiB")])
+def test_sizes_are_written_to_be_read(count, text):
+    assert in_bytes(count) == text
+
+
+# The symptoms.
+
+
+def test_the_loss_does_not_fall(bert):
+    sound = torch.optim.AdamW([p for p in bert.parameters() if p.requires_grad], lr=1e-3)
+    still = torch.optim.AdamW([p for p in bert.parameters() if p.requires_grad], lr=0.0)
+    backward(bert)
+
+    assert audit(bert, sound, symptom="loss").answer.startswith("What trains is in order")
+    assert "because of HF009" in audit(bert, still, symptom="loss").answer
+
+
+def test_memory_did_not_drop(bert):
+    bert.enable_input_require_grads()
+    forced = audit(bert, symptom="memory", batch=BATCH)
+    bert.disable_input_require_grads()
+    mended = audit(bert, symptom="memory", batch=BATCH)
+
+    assert "because of HF020" in forced.answer
+    assert mended.findings == () and "Frozen segments keep 0 B" in mended.answer
+    kept = [{row.segment: row.saved for row in report.figures} for report in (forced, mended)]
+    assert kept[0]["layers[0]"] > 0 and kept[1]["layers[0]"] == 0
+    assert kept[0]["layers[2]"] >= kept[1]["layers[2]"] > 0
+
+
+def test_what_activations_are_kept_is_what_autograd_keeps(bert):
+    """Counted by hand: a linear layer keeps its input once for its weight, and nothing where it is frozen."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model.forward = lambda x: {"loss": nn.Sequential.forward(model, x).sum()}
+    kept = activations_kept(model, layer_map(model), {"x": torch.ones(4, 8)})
+
+    assert sum(kept.values()) == 4 * (4 * 8 + 4 * 8)  # bytes: the input, and tanh's output, which both keep
+
+
+def test_accuracy_fell(bert):
+    report = audit(bert, symptom="accuracy", batch=BATCH)
+
+    found = {each.code: each for each in report.findings}["HF022"]
+    measured = {row.segment: row.gradient for row in report.figures}
+    frozen = ["embeddings", "layers[0]", "layers[1]"]
+    assert set(found.names) == set(frozen)
+    assert list(found.names) == sorted(frozen, key=lambda name: -measured[name])
+    assert f"Unfreeze {found.names[0]} next" in report.answer
+
+
+def test_the_relative_gradient_is_that_of_a_model_with_all_unfrozen(bert):
+    found = relative_gradients(bert, layer_map(bert), BATCH)
+
+    freeze(bert, "bias")  # whatever requires a gradient
+    other = relative_gradients(bert, layer_map(bert), BATCH)
+    plain = bert.eval().requires_grad_(True)
+    plain(**BATCH).loss.backward()
+    own = list(plain.bert.encoder.layer[0].parameters())
+    norm = torch.stack([p.grad.norm() for p in own]).norm() / torch.stack([p.norm() for p in own]).norm()
+    assert found == other
+    assert found["layers[0]"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_nothing_frozen_would_learn_when_nothing_is_frozen(make_bert):
+    report = audit(make_bert().train(), symptom="accuracy", batch=BATCH)
+
+    assert report.findings == () and "Nothing is frozen" in report.answer
+
+
+# It leaves no trace.
+
+
+@pytest.mark.parametrize("symptom", [None, "loss", "memory", "accuracy"])
+def test_a_model_is_afterwards_as_it_was(bert, symptom):
+    optimizer = torch.optim.AdamW([p for p in bert.parameters() if p.requires_grad], lr=1e-3)
+    backward(bert)
+    before = state(bert)
+
+    audit(bert, optimizer, symptom=symptom, batch=BATCH)
+
+    assert same(state(bert), before)
+
+
+def test_batch_norms_are_afterwards_as_they_were():
+    model = tiny_model("resnet").train()
+    before = state(model)
+
+    with as_it_was(model):
+        model.eval()
+        model.train()(**tiny_inputs(model))
+        torch.rand(1)
+        model.requires_grad_(False)
+
+    assert same(state(model), before)
