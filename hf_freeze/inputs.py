@@ -1,7 +1,7 @@
 """Small inputs that a model takes, made from its forward method and its config.
 
 What lives here: one maker for each kind of input that transformers' models name. Used where a model has to be watched
-for one pass: to find where its layers add to their hidden states. How data passes through:
+for one pass: to find where its layers add to their hidden states, or what a step takes. How data passes through:
 
     names in forward + sizes in the config -> a tensor for each name -> placeholder tokens for images and sounds
 """
@@ -20,13 +20,14 @@ FRAMES = 64
 SAMPLES = 6000
 IDS = 100
 GRID = 4  # patches along each side of an image that is given as patches
+BY_TOKEN = ("input_ids", "decoder_input_ids", "bbox")
 KINDS = ("image", "video", "audio")  # what takes the place of tokens; `mm_token_type_ids` counts them from 1
 AUDIO = "audio_config audio_encoder_config encoder_config speech_encoder_config"
 
 Maker = Callable[[Any, int, Collection[str]], Tensor]
 
 
-def example_inputs(model: nn.Module, batch_size: int = 1) -> dict[str, Tensor]:
+def example_inputs(model: nn.Module, batch_size: int = 1, length: int = SEQUENCE) -> dict[str, Tensor]:
     """Returns inputs for ``model(**inputs)``: every input that its forward method names and that is known here.
 
     A model that puts features of images or sounds in the place of tokens gets as many such tokens as there are
@@ -35,15 +36,18 @@ def example_inputs(model: nn.Module, batch_size: int = 1) -> dict[str, Tensor]:
     Args:
         model: A model with a ``config``, on any device.
         batch_size: Rows of each input.
+        length: Tokens of a row.
 
     Returns:
-        Token ids of shape (batch, 16), images of shape (batch, channels, height, width), and so on, drawn from torch's
-        random numbers; none where nothing is known.
+        Token ids of shape (batch, length), images of shape (batch, channels, height, width), and so on, drawn from
+        torch's random numbers; none where nothing is known.
     """
     names = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
     known = [name for name in _MAKERS if config is not None and name in names and not _is_surplus(name, names, config)]
     inputs = {name: _MAKERS[name](config, batch_size, names) for name in known}
+    if length != SEQUENCE:
+        inputs |= {name: _of_length(inputs[name], length) for name in BY_TOKEN if name in inputs}
     if "input_ids" in inputs and "attention_mask" in names:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if type(model).__name__.endswith("ForMultipleChoice"):
@@ -56,6 +60,13 @@ def example_inputs(model: nn.Module, batch_size: int = 1) -> dict[str, Tensor]:
     for kind in KINDS:
         _add_placeholders(model, kind, inputs)
     return inputs
+
+
+def _of_length(tokens: Tensor, length: int) -> Tensor:
+    """Returns what holds something for each token, over and over, with what stands last where it stood."""
+    order = torch.arange(length) % (SEQUENCE - 1)
+    order[-1] = SEQUENCE - 1
+    return tokens[:, order]
 
 
 def _is_surplus(name: str, names: Collection[str], config: Any) -> bool:

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from .errors import LayerMapError, SelectorError, nearest
+from .rendering import as_html, as_table
 from .stacks import GUARD, Stack, find_stacks, join
 
 Kind = Literal["embeddings", "layer", "adapters", "norm", "pooler", "other", "head"]
@@ -114,6 +115,17 @@ class LayerMap:
 
     def __repr__(self) -> str:
         return f"LayerMap({type(self.model).__name__}: {self.outline})"
+
+    def _repr_html_(self) -> str:
+        """Returns a table for notebooks: a row for each segment."""
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        rows = []
+        for segment in self.segments:
+            classes = [type(self.model.get_submodule(name)).__name__ for name in segment.module_names]
+            count = sum(sizes[name] for name in segment.parameter_names)
+            rows.append((segment.name, " + ".join(dict.fromkeys(classes)), f"{count:,}", str(segment.passes)))
+        title, numbers = f"{type(self.model).__name__}: {sum(sizes.values()):,} parameters", ("parameters", "passes")
+        return as_html(as_table(title, ("segment", "class", *numbers), rows, numbers))
 
     @cached_property
     def layers(self) -> tuple[Segment, ...]:

@@ -6,15 +6,31 @@ What lives here: what every object does that prints as a table. What may not: wh
 from __future__ import annotations
 
 import io
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 WIDTH = 100
 
 
-def as_text(table: Table) -> str:
+def as_table(
+    title: str, headings: Iterable[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()
+) -> Table:
+    """Returns a table of rows of cells; the columns under the headings in `numbers` are set to the right."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def as_text(table: RenderableType) -> str:
     """Returns a table as plain text, in a notebook too, where rich would show it at once."""
     from rich.console import Console
 
@@ -24,7 +40,7 @@ def as_text(table: Table) -> str:
     return captured.get().rstrip()
 
 
-def as_html(table: Table) -> str:
+def as_html(table: RenderableType) -> str:
     """Returns a table as HTML, for a notebook."""
     from rich.console import Console
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -302,3 +304,17 @@ def test_a_kind_is_all_of_its_kind_also_where_one_segment_has_just_that_name():
 
     assert [s.name for s in layers["embeddings"]] == [s.name for s in layers if s.kind == "embeddings"]
     assert len(layers["embeddings"]) == 3
+
+
+def test_a_map_shows_in_a_notebook_as_a_table(make_bert):
+    model = make_bert()
+    layers = layer_map(model)
+
+    html = layers._repr_html_()
+
+    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in re.sub(r"<[^>]+>", "", html).splitlines() if "│" in line]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    size = sum(sizes[name] for name in only(layers["layers[1]"]).parameter_names)
+    assert html.startswith("<pre") and f"BertForSequenceClassification: {sum(sizes.values()):,} parameters" in html
+    assert [row[0] for row in rows] == names(layers)
+    assert rows[2] == ["layers[1]", "BertLayer", f"{size:,}", "1"]
