@@ -29,7 +29,7 @@ from ..distributed import spread_over, unwrap_model
 from ..errors import CacheError
 from .codecs import DTYPES, STORED, require_dtype
 from .prefix import find_prefixes
-from .serving import Counts, Done, Server, Settings
+from .serving import Counts, Done, Server, Settings, Turn
 from .storage import Room
 
 _LABELS = ("labels", "label", "label_ids")
@@ -115,14 +115,17 @@ class PrefixCache(TrainerCallback):
         """
         self.detach()
         bare = unwrap_model(model)
+        if any(module._compiled_call_impl is not None for module in bare.modules()) or hasattr(model, "_orig_mod"):
+            self._tell("The prefix cache stands aside: the model is compiled, and compiled code passes over it.")
+            return
         if way := spread_over(bare):
             self._tell(f"The prefix cache stands aside: under {way} no process holds the whole of a layer.")
             return
-        room, settings = Room(self._memory), self._locked()
+        room, settings, turn = Room(self._memory), self._locked(), Turn()
         prefixes = find_prefixes(bare)
         if not prefixes:
             self._tell(f"The prefix cache stands aside: {type(bare).__name__} has no layers.")
-        self._servers = [Server(bare, prefix, settings, room, self._tell) for prefix in prefixes]
+        self._servers = [Server(bare, prefix, settings, room, self._tell, turn) for prefix in prefixes]
 
     def detach(self) -> None:
         """Takes the hooks off the model, and lets go of the rows; those in a folder stay there."""

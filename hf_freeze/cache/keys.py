@@ -1,6 +1,7 @@
 """What a row of a batch is, and its key: a hash of what goes into the model, without padding.
 
-What lives here: `Row`, `read_rows`. What may not: storage, models. How data passes through:
+What lives here: `Row`, `read_rows`, and how rows and tokens are taken out of a batch. What may not: storage, models.
+How data passes through:
 
     inputs by name -> what all rows share, hashed once -> each row's own slice of every tensor -> its key
 
@@ -41,6 +42,33 @@ class Row:
 def batch_size(inputs: Mapping[str, Any]) -> int:
     """Returns the number of rows: the first dimension of the first input that has one; 0 where none has."""
     return next((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
+def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Returns the attention mask, of shape (batch, length), that tells padding from content; None where none does."""
+    mask = inputs.get(MASK)
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def pick(inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+    """Returns the inputs of some rows."""
+    rows = batch_size(inputs)
+    return {
+        name: value[chosen] if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
+        for name, value in inputs.items()
+    }
+
+
+def cut(inputs: Mapping[str, Any], length: int) -> dict[str, Any] | None:
+    """Returns the inputs without what lies behind so many tokens, the attention mask telling how many there are.
+
+    None where something else has the mask's length too, of which nobody knows how to cut it.
+    """
+    rows, whole = inputs[MASK].shape
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and whole in value.shape[1:]}
+    if any(value.shape[:2] != (rows, whole) for value in tensors.values()):
+        return None
+    return {**inputs, **{name: value[:, :length] for name, value in tensors.items()}}
 
 
 def strange_input(inputs: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import LayerMap, Segment, layer_map
+from ..layers import GUARD, LayerMap, Segment, layer_map
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class _Unit:
 
     parameters: tuple[nn.Parameter, ...]
     acting: tuple[nn.Module, ...]
+    made_of: tuple[tuple[dict[str, Any], tuple[Any, ...]], ...]  # where parameters and modules are kept, and which
 
     @classmethod
     def of(cls, modules: tuple[nn.Module, ...]) -> _Unit:
@@ -80,6 +82,7 @@ class _Unit:
         return cls(
             tuple(parameter for module in modules for parameter in module.parameters()),
             tuple(inner for inner in inside if _acts_in_training(inner)),
+            tuple((own, _without_guard(own)) for m in inside for own in (m._parameters, m._modules) if own),
         )
 
     def lively(self) -> str:
@@ -88,7 +91,18 @@ class _Unit:
             return "trains"
         if any(module.training for module in self.acting):
             return "is frozen but in train mode, with its dropout live: freeze it with `freeze`, which keeps it still"
+        if not all(_are_same(_without_guard(own), before) for own, before in self.made_of):
+            return "has been given other parts: attach the cache again"
         return ""
+
+
+def _without_guard(own: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns a module's children or parameters but for what `freeze` puts in and takes out."""
+    return tuple(value for name, value in own.items() if name != GUARD)
+
+
+def _are_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _acts_in_training(module: nn.Module) -> bool:
@@ -144,9 +158,9 @@ def _common(model: nn.Module, names: list[str]) -> str:
     return ".".join(shared)
 
 
-def versions(tensors: list[Tensor]) -> tuple[int, ...]:
-    """Returns what changes when a tensor is changed in place, or another takes its storage."""
-    return tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
+def versions(tensors: list[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Returns for each tensor what changes when it is changed in place, or gets another storage."""
+    return tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ A prefix whose parts train, or move, or have been changed is noticed in each cal
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ import transformers
 from torch import Tensor, nn
 
 from ..engine import engine_of
-from .keys import MASK, Row, batch_size, read_rows, strange_input
+from .keys import MASK, Row, batch_size, cut, pick, read_rows, strange_input, token_mask
 from .prefix import Prefix, checksum, fingerprint, versions
-from .replay import Layout, Unfit, examine, named_inputs, replaced, run_prefix
+from .replay import Layout, Unfit, named_inputs, replaced, run_prefix
 from .storage import CHUNK, Room, Store
+from .trial import examine
 
 FORMAT = 1  # of the files
-MULTIPLE = 8  # of the length that rows are padded to: torch's attention on the CPU then rounds alike at any length
-_DECODING = ("past_key_values", "encoder_hidden_states")
+MULTIPLE = 8  # of the length that rows are cut to: torch's attention on the CPU then rounds alike at any length
+_DECODING = ("past_key_values", "encoder_hidden_states", "cache_params")
 _RECORDING = ("output_hidden_states", "output_attentions")
 _CHANGED = "Frozen weights have been changed: what was cached of them is dropped."
 _CHECK_SHARE = 0.01  # of the time that may go into checksums of the weights
@@ -60,8 +61,25 @@ class _Depth:
 
     store: Store
     tensors: list[Tensor]
-    versions: tuple[int, ...]
+    versions: tuple[Any, ...]
     checksum: tuple[int, ...]
+
+    def still(self) -> bool:
+        """Tells whether the tensors hold what they held, also if the same was written again, as DDP does to buffers."""
+        now = versions(self.tensors)
+        if now != self.versions:
+            for tensor, own, before, sum_before in zip(self.tensors, now, self.versions, self.checksum, strict=True):
+                if own != before and checksum([tensor]) != (sum_before,):
+                    return False
+            self.versions = now
+        return True
+
+
+@dataclass
+class Turn:
+    """What the servers of a model share: whether one of them runs it by itself, so that none serves."""
+
+    taken: bool = False
 
 
 class Done(Exception):
@@ -77,29 +95,28 @@ class Server:
         settings: What the cache was told.
         room: Where space comes from.
         tell: Takes what the user should know, once each.
+        turn: What it shares with the model's other servers.
     """
 
     def __init__(
-        self, model: nn.Module, prefix: Prefix, settings: Settings, room: Room, tell: Callable[[str], None]
+        self, model: nn.Module, prefix: Prefix, settings: Settings, room: Room, tell: Callable[[str], None], turn: Turn
     ) -> None:
         self.model, self.prefix, self.settings, self.room, self.tell = model, prefix, settings, room, tell
+        self.turn = turn
         self.counts = Counts()
         self.filling = False  # whether a call ends where the cache is filled
         self._depths: dict[tuple[int, bool], _Depth] = {}  # by depth, and whether of the first token alone
         self._layouts: dict[tuple[Any, ...], Layout | None] = {}
         self._layout: Layout | None = None  # of the call that is under way
-        self._busy = self._full = False
+        self._full = self._served = False
         self._checked, self._check_took = time.perf_counter(), 0.0
         self._replaced = ExitStack()
         self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
-            prefix.entry.register_forward_pre_hook(self._serve, with_kwargs=True),
-            prefix.entry.register_forward_hook(self._end, always_call=True),
+            model.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True, prepend=True),
+            prefix.entry.register_forward_pre_hook(_Hook(self._serve), with_kwargs=True),
+            prefix.entry.register_forward_hook(_Hook(self._end), always_call=True),
+            model.register_forward_hook(_Hook(self._over), always_call=True),
         ]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Makes copies of a model, and files of it, hold nothing of the cache: its hooks do nothing there."""
-        return (_Gone, ())
 
     @property
     def nbytes(self) -> int:
@@ -128,8 +145,11 @@ class Server:
     # What happens in a call
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._idle():
+            return
         self._layout = None
-        if self._busy or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if reason := self._strange_call(model, named_inputs(model, args, kwargs)):
+            self.tell(f"The prefix cache stands aside where {reason}.")
             return
         depth, reason = self.prefix.depth()
         if not depth:
@@ -137,30 +157,48 @@ class Server:
             return
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
-        situation = (depth, model.training, autocast, outside)
+        cut = token_mask(named_inputs(model, args, kwargs)) is not None
+        situation = (depth, model.training, autocast, outside, cut)
         if situation not in self._layouts:
             self._layouts[situation] = self._try(depth, args, kwargs)
         self._layout = self._layouts[situation]
 
     def _try(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout | None:
-        self._busy = True
+        self.turn.taken = True
         try:
             return examine(self.model, self.prefix, depth, args, kwargs)
         except Unfit as error:
             self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {error}.")
         finally:
-            self._busy = False
+            self.turn.taken = False
         return None
 
+    def _idle(self) -> bool:
+        """Tells whether calls are none of its business now: those that a server makes, and those that are compiled."""
+        return torch.compiler.is_compiling() or self.turn.taken or torch.is_inference_mode_enabled()
+
+    def _strange_call(self, model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+        """Returns why the model, so called, is not even tried."""
+        if inputs.get("use_cache"):
+            return "use_cache is asked for"
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor | Mapping | list | tuple | bool | int | float | str | None):
+                return f"{name} is given, a {type(value).__name__}, which the call may change"
+        return self._asked_for(inputs, getattr(model, "config", None))
+
     def _serve(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layout = self._layout
-        if layout is None or self._busy:
+        if self._idle():
             return
-        inputs = named_inputs(entry, args, kwargs)
+        layout, inputs = self._layout, named_inputs(entry, args, kwargs)
+        if layout is None or not batch_size(inputs):
+            self.counts.passed += batch_size(inputs)
+            return
         if reason := self._unfit(inputs):
             self.counts.passed += batch_size(inputs)
             self.tell(f"The prefix cache stands aside where {reason}.")
             return
+        if layout.by_tokens and token_mask(inputs) is None:
+            layout = replace(layout, by_tokens=False)
         rows = read_rows(inputs, layout.by_tokens)
         if layout.first_only and any(row.start for row in rows):
             self.counts.passed += len(rows)
@@ -170,17 +208,30 @@ class Server:
             raise Done
         length = inputs[MASK].shape[1] if layout.by_tokens else 0
         self._replaced.enter_context(replaced(self.prefix, layout, hidden, len(rows), length))
+        self._served = True
 
     def _end(self, entry: nn.Module, args: Any, output: Any) -> None:
-        if not self._busy:
+        if not self._idle():
             self._replaced.close()
 
-    def _unfit(self, inputs: Mapping[str, Any]) -> str | None:
-        config = getattr(self.prefix.entry, "config", None)
-        for name in _RECORDING:
+    def _over(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forgets what held for the call; the entry may be called by itself now."""
+        if self._idle():
+            return
+        if self._served and isinstance(output, MutableMapping) and output.get("past_key_values") is not None:
+            output["past_key_values"] = None  # the layers that were not run have put nothing there
+        self._layout, self._served = None, False
+
+    def _asked_for(self, inputs: Mapping[str, Any], config: Any) -> str | None:
+        for name in (*_RECORDING, *(name for name in inputs if name.startswith("output_"))):
             asked = inputs.get(name)
             if asked or (asked is None and getattr(config, name, False)):
                 return f"{name} is asked for"
+        return None
+
+    def _unfit(self, inputs: Mapping[str, Any]) -> str | None:
+        if reason := self._asked_for(inputs, getattr(self.prefix.entry, "config", None)):
+            return reason
         for name in _DECODING:
             if inputs.get(name) is not None:
                 return f"{name} is given"
@@ -206,11 +257,11 @@ class Server:
         """Computes rows that are not known, keeps them, and returns them as they will be found."""
         part = self._part(inputs, [rows[index] for index in missing], missing, layout)
         depths = self._wanted(layout)
-        self._busy = True
+        self.turn.taken = True
         try:
             outputs = run_prefix(self.prefix, part, depths, self.settings.prefix_dtype)
         finally:
-            self._busy = False
+            self.turn.taken = False
         found = {}
         for depth, hidden in outputs.items():
             store = self._depth(depth, layout).store
@@ -232,26 +283,10 @@ class Server:
         return content if kept is None else kept
 
     def _part(self, inputs: dict[str, Any], rows: list[Row], chosen: list[int], layout: Layout) -> dict[str, Any]:
-        """Returns the inputs of some rows, their padding cut or lengthened to a multiple of 8 tokens."""
-        count = batch_size(inputs)
-        picked = {
-            name: value[chosen] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
-            for name, value in inputs.items()
-        }
-        if not layout.by_tokens:
-            return picked
-        length = inputs[MASK].shape[1]
-        wanted = -(-max(row.end for row in rows) // MULTIPLE) * MULTIPLE
-        whole = [v for v in picked.values() if isinstance(v, Tensor) and length in v.shape[1:]]
-        if any(value.dim() < 2 or value.shape[0] != len(rows) or value.shape[1] != length for value in whole):
-            return picked  # something else of that length, which nobody knows how to cut
-        pad = getattr(getattr(self.prefix.entry, "config", None), "pad_token_id", None) or 0
-        return {
-            name: _of_length(value, wanted, pad if name == "input_ids" else 0)
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length
-            else value
-            for name, value in picked.items()
-        }
+        """Returns the inputs of some rows, with the padding that they have in common cut to a multiple of 8 tokens."""
+        picked = pick(inputs, chosen)
+        shorter = cut(picked, -(-max(row.end for row in rows) // MULTIPLE) * MULTIPLE) if layout.by_tokens else None
+        return picked if shorter is None else shorter
 
     # Depths, and what they depend on
 
@@ -275,7 +310,7 @@ class Server:
         name = (number, layout.first_only and number == layout.depth)
         known = self._depths.get(name)
         if known is not None:
-            if known.versions == versions(known.tensors):
+            if known.still():
                 return known
             self.tell(_CHANGED)
             self._drop(name)
@@ -316,14 +351,23 @@ class Server:
         self._depths.pop(name).store.close()
 
 
-class _Gone:
-    """What a copy of a model has in place of a `Server`: hooks that do nothing."""
+class _Hook:
+    """A hook that copies of a model, and files of it, do not take along."""
 
-    def _begin(self, *_: Any) -> None: ...
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
 
-    def _serve(self, *_: Any) -> None: ...
+    def __call__(self, *given: Any) -> None:
+        self._call(*given)
 
-    def _end(self, *_: Any) -> None: ...
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Idle, ())
+
+
+class _Idle:
+    """What a copy has in its place."""
+
+    def __call__(self, *_: Any) -> None: ...
 
 
 def _content(layout: Layout, row: Row, hidden: Tensor, depth: int) -> Tensor:
@@ -341,11 +385,3 @@ def _joined(layout: Layout, rows: list[Row], parts: list[Tensor], length: int) -
     for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
         hidden[index, row.start : row.end] = part
     return hidden
-
-
-def _of_length(value: Tensor, length: int, padding: int) -> Tensor:
-    """Returns a tensor (batch, tokens, ...) with its tokens cut, or filled up, to a length."""
-    more = length - value.shape[1]
-    if more <= 0:
-        return value[:, :length]
-    return torch.cat([value, value.new_full((value.shape[0], more, *value.shape[2:]), padding)], dim=1)
