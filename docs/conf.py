@@ -19,7 +19,7 @@ default_role = "code"
 
 PAGES = (
     "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "command-line",
-    "architectures", "demo", "api",
+    "architectures", "demo", "benchmarks", "api",
 )  # fmt: skip
 
 
