@@ -21,7 +21,7 @@ from .evidence import gather
 from .findings import AuditReport, Finding, merged
 
 AUDIT_FILE = "audit.json"
-_SOMETIMES = ("HF002", "HF003", "HF013")  # one batch may leave out an expert, a language or a modality
+_SOMETIMES = ("HF002", "HF003", "HF013", "HF014")  # one batch may be odd, or leave out an expert or a modality
 _STAGES = 20  # changes of what trains that are followed: a schedule may draw other layers again and again
 
 
@@ -30,9 +30,9 @@ class AuditCallback(TrainerCallback):
 
     It looks at the gradients right before the optimizer takes its step. An error or a warning is told once, by
     `warnings.warn`; ``audit.json`` in the Trainer's output folder holds all that was found. That something has no
-    gradient, or next to none, is told when it was so in as many audits in a row as `first` says. Only the first
-    process audits, and nothing waits for it; under FSDP it sees its own shards. Under DeepSpeed, and with an optimizer
-    that takes its step within the backward, there are no gradients to look at: it says so and steps aside.
+    gradient, next to none or far too much is told when it was so in as many audits in a row as `first` says. Only the
+    first process audits, and nothing waits for it; under FSDP it sees its own shards. Under DeepSpeed, and with an
+    optimizer that takes its step within the backward, there are no gradients to look at: it says so and steps aside.
 
     Args:
         first: How many steps at the beginning of a run, and behind a change of what trains, to audit.

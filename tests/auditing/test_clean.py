@@ -20,7 +20,7 @@ def audited(model_type: str):
     torch.manual_seed(0)
     for _ in range(2):
         optimizer.zero_grad()
-        forward_loss(model, tiny_inputs(model)).backward()
+        forward_loss(model, tiny_inputs(model, batch_size=4)).backward()  # BatchNorm of two rows is all noise
         report = audit(model, optimizer)
         optimizer.step()
     return report
