@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from hf_freeze.cli.demo_methods import ADAPTERS, FULL, HEAD, LIMIT, MAX_LENGTH, SETTINGS, STAGED, method
-from hf_freeze.data import EMBEDDED, Split, TextCorpus, load_corpus
+from hf_freeze.data import Split, TextCorpus, load_corpus
 from hf_freeze.runs import fine_tune
 
 RATES = {HEAD: (1e-3, 2e-3, 4e-3), ADAPTERS: (5e-4, 1e-3, 2e-3), STAGED: (1e-4, 2e-4, 4e-4), FULL: (5e-5, 1e-4, 2e-4)}
@@ -58,10 +58,10 @@ class Tuner:
 
     def trial(self, name: str, lr: float, times: float, seed: int) -> Trial:
         """Runs one method and prints its row."""
-        spec = method(name, seed=seed, lr=lr, epochs=SETTINGS[name][1] * times * self.shrink)
+        recipe = method(name, seed=seed, lr=lr, epochs=SETTINGS[name][1] * times * self.shrink)
         with redirect_stdout(io.StringIO()):  # the announcements of stages
-            outcome = fine_tune(EMBEDDED, self.corpus, spec)
-        trial = Trial(name, lr, spec.epochs, seed, outcome.accuracy, outcome.macro_f1)
+            outcome = fine_tune(recipe, self.corpus)
+        trial = Trial(name, lr, recipe.epochs, seed, outcome.accuracy, outcome.macro_f1)
         print(trial.row(), flush=True)
         return trial
 

@@ -30,7 +30,7 @@ from hf_freeze import (
 from hf_freeze.data import Split, check_model, check_output_dir, load_corpus, tokenize
 from hf_freeze.engine import StageEngine
 from hf_freeze.optim import require_steps
-from hf_freeze.runs import FineTuning
+from hf_freeze.recipes import Recipe
 from hf_freeze.stages import Sample
 from hf_freeze.timetable import plan
 from tests.tiny import tiny_model
@@ -233,13 +233,13 @@ ADAPTING = [
         "no factor for 'layers[1]'",
         "{'layers': 16}",
     ),
-    (lambda m: FineTuning(unfreeze="gradul"), "Unknown preset 'gradul'", "Did you mean 'gradual'", "chain_thaw"),
+    (lambda m: Recipe(unfreeze="gradul"), "Unknown preset 'gradul'", "Did you mean 'gradual'", "chain_thaw"),
     (
-        lambda m: FineTuning(adapter=BottleneckConfig(), unfreeze=UnfreezeSchedule.gradual()),
+        lambda m: Recipe(adapter=BottleneckConfig(), unfreeze=UnfreezeSchedule.gradual()),
         "A preset stages what trains",
         "stages in a YAML file",
     ),
-    (lambda m: FineTuning(lr=0.0), "lr is 0.0", "positive number"),
+    (lambda m: Recipe(lr=0.0), "lr is 0.0", "positive number"),
 ]
 
 

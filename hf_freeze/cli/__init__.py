@@ -1,4 +1,4 @@
-"""The command line: `hf-freeze demo | train | inspect`. One file a command, no logic in here.
+"""The command line: `hf-freeze train`, `recipe`, `predict` and the others. One file a command, no logic in here.
 
 A run that succeeds ends with exit code 0; a user's mistake with one line, which names the mend, and 2; Ctrl-C with 130;
 a bug with a traceback and 1. Nothing heavy is imported before a command needs it.
@@ -11,18 +11,25 @@ import sys
 
 import typer
 
+from .audit import audit
+from .convert import convert
 from .demo import demo
 from .inspect import inspect
+from .plan import plan
+from .predict import predict
+from .recipe import recipes
 from .train import train
 
 app = typer.Typer(
-    help="Freeze, adapt and unfreeze pretrained transformers models.",
+    help="Freeze, adapt and unfreeze pretrained transformers models.\n\nExample: hf-freeze train --recipe gradual "
+    "--dataset reviews.csv",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, inspect):
+for command in (demo, train, predict, inspect, plan, audit, convert):
     app.command()(command)
+app.add_typer(recipes, name="recipe")
 
 
 def main() -> None:

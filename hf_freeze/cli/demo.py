@@ -21,7 +21,7 @@ def demo(
     """
     from rich.console import Console
 
-    from ..data import EMBEDDED, check_output_dir, load_corpus
+    from ..data import check_output_dir, load_corpus
     from ..runs import fine_tune
     from .demo_methods import LIMIT, MAX_LENGTH, SETTINGS, STAGED, method, verdict
     from .progress import ProgressBar
@@ -35,16 +35,14 @@ def demo(
         f"{MAX_LENGTH} tokens each"
     )
     quiet()
-    specs = [method(name, seed) for name in SETTINGS]
     outcomes = []
-    for spec in specs:
-        typer.echo(f"\n{spec.name}: {spec.epochs:g} epochs, peak learning rate {spec.lr:g}")
-        outcomes.append(fine_tune(EMBEDDED, corpus, spec, [ProgressBar(spec.name)]))
+    for recipe in (method(name, seed) for name in SETTINGS):
+        typer.echo(f"\n{recipe.name}: {recipe.epochs:g} epochs, peak learning rate {recipe.lr:g}")
+        outcomes.append(fine_tune(recipe, corpus, [ProgressBar(recipe.name)]))
     typer.echo()
     Console().print(outcome_table(outcomes, title=f"BBC News, test split, seed {seed}"))
     typer.echo(verdict(outcomes) + "\n")
-    at = [spec.name for spec in specs].index(STAGED)
-    keep(outcomes[at], EMBEDDED, output, corpus, specs[at])
+    keep(next(outcome for outcome in outcomes if outcome.recipe.name == STAGED), output, corpus)
 
 
 def _is_a_demo(folder: Path) -> bool:

@@ -5,23 +5,26 @@ Rates and epochs are those that `benchmarks/tune_demo.py` found on the validatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..adapters import BottleneckConfig
-from ..runs import FineTuning
+from ..data import EMBEDDED
+from ..recipes import Recipe, TextSource
 from ..schedules import Stage, UnfreezeSchedule
 
 if TYPE_CHECKING:
     from ..runs import Outcome
 
 LIMIT = 400  # training texts
+BATCH = 16
 MAX_LENGTH = 64  # tokens of a text: a news story tells its subject in the first lines
 HEAD, ADAPTERS, STAGED, FULL = "head only", "adapters", "staged unfreezing", "full fine-tuning"
 SETTINGS = {HEAD: (2e-3, 4.0), ADAPTERS: (5e-4, 6.0), STAGED: (4e-4, 3.0), FULL: (2e-4, 2.0)}  # peak rate, epochs
 
 
-def method(name: str, seed: int = 0, lr: float | None = None, epochs: float | None = None) -> FineTuning:
+def method(name: str, seed: int = 0, lr: float | None = None, epochs: float | None = None) -> Recipe:
     """Returns one of the demo's runs.
 
     Args:
@@ -31,13 +34,18 @@ def method(name: str, seed: int = 0, lr: float | None = None, epochs: float | No
         epochs: Passes over the training texts, instead of those in `SETTINGS`; stages stretch with them.
     """
     lr, epochs = lr or SETTINGS[name][0], epochs or SETTINGS[name][1]
-    return FineTuning(
+    steps = math.ceil(epochs * math.ceil(LIMIT / BATCH))
+    return Recipe(
         name=name,
+        model=EMBEDDED,
+        dataset=TextSource(EMBEDDED, limit=LIMIT),
         freeze="base - pooler" if name == HEAD else None,
         adapter=BottleneckConfig(bottleneck_size=32) if name == ADAPTERS else None,
         unfreeze=_stages(lr) if name == STAGED else None,
         lr=lr,
         epochs=epochs,
+        batch_size=BATCH,
+        warmup=steps // 10,  # rounded down, with which the figures were measured; "10%" is rounded up
         max_length=MAX_LENGTH,
         seed=seed,
     )
@@ -56,7 +64,7 @@ def _stages(lr: float) -> UnfreezeSchedule:
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
     """Returns what the runs say of two claims of the literature, each with its figures, kept or missed."""
-    by_name = {outcome.name: outcome for outcome in outcomes}
+    by_name = {outcome.recipe.name: outcome for outcome in outcomes}
     full, staged, adapters = (by_name[name].accuracy for name in (FULL, STAGED, ADAPTERS))
     share = by_name[ADAPTERS].trainable / by_name[ADAPTERS].parameters
     points, part = round(100 * (staged - full), 6) + 0.0, adapters / full if full else float("nan")

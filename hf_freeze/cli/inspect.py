@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..summary import Summary
+
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name, or 'embedded'.")] = "embedded",
     select: Annotated[str | None, typer.Option(help="Selector whose parameters to list.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Shows the segments of a model, or what a selector names.
 
@@ -23,13 +26,22 @@ def inspect(
     from ..data import check_model
     from ..selectors import select as resolve
     from ..summary import trainable_summary
+    from .tables import print_json
 
     built = _build(check_model(model))
-    if select is None:
-        Console().print(trainable_summary(built))
-        return
-    for parameter in resolve(built, select):
-        typer.echo(parameter)
+    summary = trainable_summary(built)
+    if as_json:
+        print_json(_segments(summary) if select is None else resolve(built, select))
+    elif select is None:
+        Console().print(summary)
+    else:
+        for parameter in resolve(built, select):
+            typer.echo(parameter)
+
+
+def _segments(summary: Summary) -> dict[str, Any]:
+    rows = [{"segment": row.segment, "class": row.module_class, "parameters": row.parameters} for row in summary.rows]
+    return {"class": summary.model_class, "parameters": summary.parameters, "segments": rows}
 
 
 def _build(name: str) -> PreTrainedModel:

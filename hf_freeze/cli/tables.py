@@ -1,10 +1,13 @@
-"""What the commands print: result tables, predictions, and quiet from the libraries around them."""
+"""What the commands print: result tables, JSON, predictions, and quiet from the libraries around them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..data import TextCorpus
-    from ..runs import FineTuning, Outcome
+    from ..runs import Outcome
 
 
 def outcome_table(outcomes: Sequence[Outcome], title: str | None = None) -> Table:
@@ -25,7 +28,7 @@ def outcome_table(outcomes: Sequence[Outcome], title: str | None = None) -> Tabl
         table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(
-            outcome.name,
+            outcome.recipe.name,
             f"{outcome.trainable:,}",
             f"{outcome.trainable / outcome.parameters:.2%}",
             f"{outcome.seconds:.1f}",
@@ -35,7 +38,34 @@ def outcome_table(outcomes: Sequence[Outcome], title: str | None = None) -> Tabl
     return table
 
 
-def keep(outcome: Outcome, model_name: str, output: Path, corpus: TextCorpus, spec: FineTuning) -> None:
+def as_dict(outcome: Outcome) -> dict[str, Any]:
+    """Returns what the table shows of a run, for JSON."""
+    return {
+        "name": outcome.recipe.name,
+        "trainable": outcome.trainable,
+        "parameters": outcome.parameters,
+        "seconds": round(outcome.seconds, 3),
+        "accuracy": outcome.accuracy,
+        "macro_f1": outcome.macro_f1,
+    }
+
+
+def print_json(content: Any) -> None:
+    """Prints a value as JSON."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def only_json(asked: bool) -> Iterator[None]:
+    """Sends to stderr what is printed inside, if JSON was asked for, which then stands alone on stdout."""
+    if not asked:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def keep(outcome: Outcome, output: Path, corpus: TextCorpus) -> None:
     """Saves a run, loads it back, compares what both say of the test split, and prints three predictions.
 
     Raises:
@@ -45,17 +75,18 @@ def keep(outcome: Outcome, model_name: str, output: Path, corpus: TextCorpus, sp
 
     from ..runs import load, logits_of, predict, save
 
-    save(outcome, model_name, output)
+    recipe = outcome.recipe
+    save(outcome, output)
     tokenizer, restored = load(output)
     restored.to(outcome.model.device)
-    if not np.array_equal(logits_of(restored, tokenizer, corpus.test, spec), outcome.logits):
+    if not np.array_equal(logits_of(restored, tokenizer, corpus.test, recipe), outcome.logits):
         raise RuntimeError(f"The model in '{output}' predicts otherwise than the one that was trained: a bug.")
     typer.echo(
         f"Saved to {output} and loaded back: on all {len(corpus.test.texts)} test texts its logits are the trained "
         f"model's, bit for bit."
     )
     texts = _three_texts(corpus)
-    for text, (label, share) in zip(texts, predict(restored, tokenizer, texts, spec.max_length), strict=True):
+    for text, (label, share) in zip(texts, predict(restored, tokenizer, texts, recipe.max_length), strict=True):
         typer.echo(f"  {label} ({share:.0%}): {_shortened(text)}")
 
 

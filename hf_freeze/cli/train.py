@@ -1,23 +1,28 @@
-"""`hf-freeze train`: fine-tunes a classifier on texts of one's own."""
+"""`hf-freeze train`: fine-tunes a classifier on texts of one's own, as a recipe or its options say."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from ..adapters import BottleneckConfig
+    from ..recipes import Recipe
     from ..schedules import UnfreezeSchedule
 
 
 def train(
-    model: Annotated[str, typer.Option(help="A model folder, a hub name, or 'embedded'.")] = "embedded",
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name (see 'hf-freeze recipe list') or YAML file; options beat it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A model folder, a hub name, or 'embedded'.")] = None,
     dataset: Annotated[
-        str, typer.Option(help="A folder of texts, a CSV or JSON file, or a data set's name.")
-    ] = "embedded",
-    text_column: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
-    label_column: Annotated[str, typer.Option(help="The column that holds the label.")] = "label",
+        str | None, typer.Option(help="A folder of texts, a CSV or JSON file, or a data set's name.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The column that holds the label.")] = None,
     freeze: Annotated[
         str | None, typer.Option(help="Selector of what does not train, e.g. 'embeddings, layers[:3]'.")
     ] = None,
@@ -30,55 +35,101 @@ def train(
             "--overwrite", help="Write into a folder that is not empty; an earlier run's files go, others stay."
         ),
     ] = False,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
-    epochs: Annotated[float, typer.Option(help="Passes over the training texts.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Texts in a step.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 128,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 5e-5 unless the recipe has one.")] = None,
+    layer_decay: Annotated[float | None, typer.Option(help="Factor on the rate for each layer downwards.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training texts; 3 unless told.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts in a step; 16 unless told.")] = None,
+    warmup: Annotated[str | None, typer.Option(help="How long the rate rises: steps, or a share such as 10%.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's decay of weights; 0 unless told.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text; 128 unless told.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many training texts.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of splits, head, dropout and shuffling.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of splits, head, dropout and shuffling; 0 unless told.")
+    ] = None,
+    cache: Annotated[
+        bool | None, typer.Option("--cache/--no-cache", help="Compute frozen layers once, or each time anew.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; all else goes to stderr.")] = False,
 ) -> None:
     """Fine-tunes a classifier: freeze, adapt, unfreeze in stages, test, save, load back, predict.
 
-    Example: hf-freeze train --dataset reviews.csv --freeze "embeddings, layers[:3]" --unfreeze gradual
-    """
-    from rich.console import Console
+    Example: hf-freeze train --recipe gradual --dataset reviews.csv
 
-    from ..adapters import BottleneckConfig
-    from ..data import check_model, check_output_dir, load_corpus
-    from ..runs import FineTuning, fine_tune
-    from .progress import ProgressBar
-    from .tables import keep, outcome_table, quiet
+    Example: hf-freeze train --dataset reviews.csv --freeze "embeddings, layers[:3]" --unfreeze gradual
+
+    Again, with the same result: hf-freeze train --recipe outputs/train/recipe.yaml --output outputs/again
+    """
+    from ..data import check_output_dir
 
     check_output_dir(output, overwrite)
-    spec = FineTuning(
-        name="train",
-        freeze=freeze,
-        adapter=None if adapter is None else BottleneckConfig(bottleneck_size=adapter),
-        unfreeze=_schedule(unfreeze),
-        lr=lr,
-        epochs=epochs,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-    )
-    check_model(model)  # before the corpus, which may be large
-    corpus = load_corpus(dataset, text_column=text_column, label_column=label_column, seed=seed, limit=limit)
-    typer.echo(
-        f"{len(corpus.train.texts)} training and {len(corpus.test.texts)} test texts in {len(corpus.label_names)} "
-        f"classes, seed {seed}"
-    )
-    quiet()
-    outcome = fine_tune(model, corpus, spec, [ProgressBar(spec.name)])
-    Console().print(outcome_table([outcome]))
-    keep(outcome, model, output, corpus, spec)
+    options = {
+        "model": model, "freeze": freeze, "lr": lr, "layer_decay": layer_decay, "epochs": epochs,
+        "batch_size": batch_size, "weight_decay": weight_decay, "max_length": max_length, "seed": seed, "cache": cache,
+        "warmup": int(warmup) if warmup and warmup.isdecimal() else warmup,
+    }  # fmt: skip
+    texts = {"name": dataset, "text_column": text_column, "label_column": label_column, "limit": limit}
+    _run(_told(recipe, options, texts, adapter, unfreeze), output, as_json)
 
 
-def _schedule(unfreeze: str | None) -> UnfreezeSchedule | str | None:
+def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ..data import check_model
+    from ..runs import corpus_of, fine_tune
+    from .progress import ProgressBar
+    from .tables import as_dict, keep, only_json, outcome_table, print_json, quiet
+
+    with only_json(as_json):
+        check_model(recipe.model or "embedded")  # before the corpus, which may be large
+        corpus = corpus_of(recipe)
+        typer.echo(
+            f"{len(corpus.train.texts)} training and {len(corpus.test.texts)} test texts in "
+            f"{len(corpus.label_names)} classes, seed {recipe.seed}"
+        )
+        quiet()
+        outcome = fine_tune(recipe, corpus, [ProgressBar(recipe.name)])
+        Console().print(outcome_table([outcome]))
+        keep(outcome, output, corpus)
+    if as_json:
+        print_json({**as_dict(outcome), "output": str(output)})
+
+
+def _told(
+    recipe: str | None, options: dict[str, Any], texts: dict[str, Any], adapter: int | None, unfreeze: str | None
+) -> Recipe:
+    """Returns the recipe, with what the options say in its place."""
+    from dataclasses import replace
+
+    from ..data import EMBEDDED
+    from ..recipes import Recipe, TextSource
+
+    told = Recipe.load(recipe) if recipe is not None else Recipe(name="train")
+    changes = {name: value for name, value in options.items() if value is not None}
+    if adapter is not None:
+        changes["adapter"] = _adapter(told.adapter, adapter)
+    if unfreeze is not None:
+        changes["unfreeze"] = _schedule(unfreeze)
+    if given := {name: value for name, value in texts.items() if value is not None}:
+        source = told.dataset if isinstance(told.dataset, TextSource) else TextSource(EMBEDDED)
+        changes["dataset"] = replace(source, **given)
+    return replace(told, **changes)
+
+
+def _adapter(told: BottleneckConfig | None, size: int) -> BottleneckConfig:
+    """Returns adapters of a size, and otherwise as the recipe has them."""
+    from ..adapters import BottleneckConfig
+    from ..recipes.parts import adapter_fields
+
+    own = {name: getattr(told, name) for name in adapter_fields()} if told else {}
+    return BottleneckConfig(**{**own, "bottleneck_size": size})
+
+
+def _schedule(unfreeze: str) -> UnfreezeSchedule | str:
     from ..errors import ScheduleError, nearest
     from ..presets import PRESETS
     from ..schedules import UnfreezeSchedule
 
-    if unfreeze is None or unfreeze in PRESETS:
+    if unfreeze in PRESETS:
         return unfreeze
     if not Path(unfreeze).is_file():
         raise ScheduleError(

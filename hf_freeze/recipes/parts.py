@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ..adapters import BottleneckConfig
 from ..errors import RecipeError
 from ..stages import is_count
 from .reading import require_types
@@ -77,3 +78,8 @@ def said(part: TextSource | Cache) -> dict[str, Any]:
     """
     defaults = {field.name: field.default for field in fields(part)}
     return {key: own for key, own in asdict(part).items() if own != defaults[key]}
+
+
+def adapter_fields() -> list[str]:
+    """Returns the fields of an adapter that a recipe may say: ours, without what is written on saving."""
+    return [name for name in BottleneckConfig.__annotations__ if name != "record"]

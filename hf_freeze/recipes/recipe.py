@@ -27,8 +27,9 @@ from ..schedules import UnfreezeSchedule
 from ..selectors import parse
 from ..stages import Stage, is_count, is_positive, plain, read_start
 from ..terms import term
-from .parts import Cache, TextSource, said
+from .parts import Cache, TextSource, adapter_fields, said
 from .reading import read_yaml, require_known, require_mapping, require_types, write_yaml
+from .schema import json_schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -204,6 +205,11 @@ class Recipe:
         content = {name: _written(value) for name, value in values.items() if value is not None}
         return write_yaml(content)
 
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """Returns the JSON Schema of a recipe's YAML, by which editors complete and check it."""
+        return json_schema(cls)
+
     # What a run takes from it
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -300,11 +306,6 @@ class Recipe:
             "seed": self.seed,
         }
         return TrainingArguments(os.fspath(output_dir), **{**told, **overrides})
-
-
-def adapter_fields() -> list[str]:
-    """Returns the fields of an adapter that a recipe may say: ours, without what is written on saving."""
-    return [name for name in BottleneckConfig.__annotations__ if name != "record"]
 
 
 def _nearest_preset(name: str) -> str:
