@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from environments import python_of
-from peers_page import best_rate, draw, runs_of, section, with_section
+from pages import BENCHMARKS, with_section, write
+from peers_page import best_rate, draw, runs_of, section
 
 HERE = Path(__file__).parent
 WORKER = HERE / "peers_worker.py"
-PAGE = HERE.parent / "docs" / "benchmarks.md"
 PICTURE = "pictures/peers.png"  # beside the page
 ADAPTERS, LIGHTNING = "adapters-1.3.0", "lightning-2.6.6"
 SPLIT_SEED = 0
@@ -221,11 +221,11 @@ def show(results: Mapping[str, Any], scratch: Path | None) -> None:
     size = results["size"]
     draw(
         runs,
-        (scratch or PAGE.parent) / PICTURE,
+        (scratch or BENCHMARKS.parent) / PICTURE,
         f"{size['train']} texts of {size['length']} tokens, batch 16, mean of {len(results['seeds'])} seeds",
     )
     if scratch is None:
-        write(PAGE, with_section(PAGE.read_text(encoding="utf-8"), content))
+        write(BENCHMARKS, with_section(BENCHMARKS.read_text(encoding="utf-8"), "peers", content))
 
 
 def note_on(results: Mapping[str, Any]) -> str:
@@ -241,13 +241,6 @@ def note_on(results: Mapping[str, Any]) -> str:
         f"seeds {seeds}. "
         f"{'; '.join(versions.values())}."
     )
-
-
-def write(file: Path, text: str) -> None:
-    """Writes a file beside its place first, so that a crash leaves no half of it."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What `peers.py` makes of its results: the rates that were best, the target, tables, a plot, a page.
+"""What `peers.py` makes of its results: the rates that were best, the target, tables and a plot.
 
-What lives here: pure functions on results, and the plot. What may not: processes, models. How data passes through:
+What lives here: pure functions on results, and the plot. What may not: processes, models, pages. How data passes
+through:
 
-    trials: rate, validation accuracy -> best_rate        runs: seconds, accuracies -> target -> table, plot, page
+    trials: rate, validation accuracy -> best_rate        runs: seconds, accuracies -> target -> table, plot
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- peers: begin; benchmarks/peers.py writes what stands here -->", "<!-- peers: end -->"
 MARGIN = 0.005  # below full fine-tuning's test accuracy: the target
 COLOURS = ("#8a939d", "#8a939d", "#CC79A7", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00")
 DASHES = ("-", "--", "-", "-", "-", "-", "-", "-")
@@ -115,19 +115,6 @@ def section(
     )
 
 
-def with_section(page: str, content: str) -> str:
-    """Returns a page with `content` between the markers, in place of what stood there.
-
-    Raises:
-        ValueError: the page lacks a marker, or they stand the wrong way round.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"The page has no {BEGIN!r} with {END!r} behind it.")
-    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
-
-
 def draw(runs: Mapping[str, Sequence[Run]], file: Path, title: str) -> None:
     """Draws test accuracy against seconds: the mean over the seeds after each epoch, and the target as a line."""
     import matplotlib
@@ -146,7 +133,7 @@ def draw(runs: Mapping[str, Sequence[Run]], file: Path, title: str) -> None:
             axes.plot(x, y, dash, marker="o", markersize=4, color=colour, label=name)
         target = target_of(next(iter(runs.values())))
         axes.axhline(target, color=LIGHT.ink, linewidth=0.8, linestyle=":")
-        axes.annotate("target", (1, target), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.annotate(" target", (0, target), xycoords=("axes fraction", "data"), va="bottom")
         axes.set(xlabel="seconds of training, evaluation left out", ylabel="test accuracy", title=title)
         axes.set_xlim(left=0)
         axes.legend(loc="lower right")

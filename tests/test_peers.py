@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peers  # noqa: E402
 import peers_worker  # noqa: E402
-from peers_page import BEGIN, END, Run, best_rate, draw, grid_table, reached, section, table, target_of, with_section  # noqa: E402
+from pages import BENCHMARKS, markers, with_section  # noqa: E402
+from peers_page import Run, best_rate, draw, grid_table, reached, section, table, target_of  # noqa: E402
 
 
 def run(seconds=(2.0, 1.0), accuracies=(0.5, 0.9), trainable=7, mib=10.0):
@@ -66,15 +67,16 @@ def test_the_grid_says_when_the_best_rate_lies_at_its_edge():
 
 
 def test_a_section_takes_the_place_of_the_one_before():
-    page = f"head\n{BEGIN}\nold\n{END}\nfoot\n"
-    assert with_section(with_section(page, "one"), "two") == f"head\n{BEGIN}\n\ntwo\n\n{END}\nfoot\n"
+    begin, end = markers("peers")
+    page = f"head\n{begin}\nold\n{end}\nfoot\n"
+    assert with_section(with_section(page, "peers", "one"), "peers", "two") == f"head\n{begin}\n\ntwo\n\n{end}\nfoot\n"
     with pytest.raises(ValueError, match="The page has no"):
-        with_section(f"{END} {BEGIN}", "text")
+        with_section(f"{end} {begin}", "peers", "text")
 
 
 def test_the_page_has_a_place_for_the_section_and_names_each_contender():
-    page = peers.PAGE.read_text(encoding="utf-8")
-    assert "new text" in with_section(page, "new text")
+    page = BENCHMARKS.read_text(encoding="utf-8")
+    assert "new text" in with_section(page, "peers", "new text")
     for name, contender in peers.CONTENDERS.items():
         assert f"| {name} |" in page
         assert any(line.endswith(f"| {contender.epochs} |") for line in page.splitlines() if f"| {name} |" in line)
