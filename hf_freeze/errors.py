@@ -26,6 +26,10 @@ class ScheduleError(FreezeError):
     """A schedule that can't be carried out: stages out of order, never reached, or training nothing."""
 
 
+class PolicyError(FreezeError):
+    """A policy that can't be asked, or a decision of it that can't be carried out."""
+
+
 class AdapterError(FreezeError):
     """An adapter configuration that can't be built or attached."""
 
@@ -48,6 +52,10 @@ class CacheError(FreezeError):
 
 class RecipeError(FreezeError):
     """A recipe that can't be read, or a field of it with a value that can't be used."""
+
+
+class FederatedError(FreezeError):
+    """What can't be sent to or taken from the other side of a federation."""
 
 
 class DataError(FreezeError):
