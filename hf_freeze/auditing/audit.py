@@ -19,7 +19,7 @@ from ..callbacks import wrong_loss_factor
 from ..errors import AuditError, nearest
 from .codes import CODES, SYMPTOMS, Symptom
 from .evidence import Evidence, gather
-from .findings import AuditReport, Finding, SegmentFigures, in_bytes, shortened
+from .findings import AuditReport, Finding, SegmentFigures, in_bytes
 from .measuring import activations_kept, relative_gradients
 from .structure import ALL_CHECKS
 
@@ -148,10 +148,11 @@ def _why_it_fell(seen: Evidence, findings: list[Finding]) -> str:
     if not findings:
         return "Nothing is frozen that would learn on this batch: accuracy fell for another reason."
     (found,) = findings
-    trained = {s.name: (seen.would_learn or {}).get(s.name, 0.0) for s in seen.layers if s.name not in found.names}
-    beside = [trained[s.name] for s in seen.layers if not seen.trainable.isdisjoint(s.parameter_names)]
-    among = f"what trains has {min(beside):.2g} to {max(beside):.2g}" if beside else "nothing trains"
-    return f"Too much may be frozen. Unfreeze {shortened(found.names[:1])} next: {found.cause} ({among}.)"
+    trains = [s.name for s in seen.layers if not seen.trainable.isdisjoint(s.parameter_names)]
+    beside = sorted(own for name in trains if (own := (seen.would_learn or {}).get(name)))
+    span = list(dict.fromkeys(f"{own:.2g}" for own in (*beside[:1], *beside[-1:])))
+    among = f" What trains has {' to '.join(span)}." if span else ""
+    return f"Too much may be frozen: unfreeze {found.names[0]} next. {found.cause}{among}"
 
 
 _ANSWERS = {"loss": _why_no_fall, "memory": _why_no_drop, "accuracy": _why_it_fell}

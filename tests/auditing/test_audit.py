@@ -181,7 +181,7 @@ def test_accuracy_fell(bert):
     frozen = ["embeddings", "layers[0]", "layers[1]"]
     assert set(found.names) == set(frozen)
     assert list(found.names) == sorted(frozen, key=lambda name: -measured[name])
-    assert f"Unfreeze {found.names[0]} next" in report.answer
+    assert f"unfreeze {found.names[0]} next" in report.answer
 
 
 def test_the_relative_gradient_is_that_of_a_model_with_all_unfrozen(bert):
