@@ -74,13 +74,14 @@ class Fit:
 
     def __rich__(self) -> Group:
         from rich.console import Group
+        from rich.text import Text
 
         told = [f"Into {as_size(self.memory)} fits: {self.name} ({as_size(self.plan.costs.memory)})."]
         told += [f"It freezes {self.freeze!r}."] if self.freeze else []
         told += [f"Its adapters have bottlenecks of {self.adapter}."] if self.adapter else []
         if self.next_name and self.next_memory:
             told.append(f"Next would be {self.next_name}, which takes {as_size(self.next_memory)}.")
-        return Group(" ".join(told), self.plan)
+        return Group(Text(" ".join(told)), self.plan)
 
     def __str__(self) -> str:
         return as_text(self.__rich__())

@@ -7,6 +7,8 @@ What lives here: the rank, and what LoRA of that rank takes. What may not: any o
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -58,7 +60,8 @@ def lora_costs(setting: Setting, layers: LayerMap, names: frozenset[str]) -> tup
     if any(rank * sum(shape) >= shape.numel() for shape in linear.values()):
         return None, None
     unfreeze(model, "all")
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of saving and merging: this one is counted alone
         inject_adapter_in_model(LoraConfig(r=rank, target_modules=[*linear]), model)
     for name, own in model.named_parameters():
         if name in behind:

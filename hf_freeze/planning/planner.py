@@ -83,6 +83,7 @@ def plan(
     most = max(counted, key=lambda each: each.costs.memory)
     layers = layer_map(own)
     lora, rank = lora_costs(setting, layers, most.names)
+    whole = {name for name, _ in setting.bare.named_parameters()}
     return Plan(
         model_class=type(own).__name__,
         trains=outline(layers, most.names),
@@ -95,7 +96,7 @@ def plan(
         stages=tuple(StageCosts(each.start, outline(layers, each.names), each.costs) for each in counted)
         if len(counted) > 1
         else (),
-        full=_full_costs(setting),
+        full=most.costs if len(counted) == 1 and most.names == whole else _full_costs(setting),
         lora=lora,
         lora_rank=rank,
         cache=_cache(layers, most.names, most.step, setting.batch_size),
