@@ -30,7 +30,9 @@ from .storage import CHUNK, Room, Store
 from .trial import examine
 
 FORMAT = 1  # of the files
-MULTIPLE = 8  # of the length that rows are cut to: torch's attention on the CPU then rounds alike at any length
+# The length that rows are cut to: torch 2.13 on the CPU then rounds alike at any length. Attention that is fused does so
+# at multiples of 8; below 16 tokens other kernels multiply, in eager attention too.
+MULTIPLE, LEAST = 8, 16
 _DECODING = ("past_key_values", "encoder_hidden_states", "cache_params")
 _RECORDING = ("output_hidden_states", "output_attentions")
 _CHANGED = "Frozen weights have been changed: what was cached of them is dropped."
@@ -283,9 +285,10 @@ class Server:
         return content if kept is None else kept
 
     def _part(self, inputs: dict[str, Any], rows: list[Row], chosen: list[int], layout: Layout) -> dict[str, Any]:
-        """Returns the inputs of some rows, with the padding that they have in common cut to a multiple of 8 tokens."""
+        """Returns the inputs of some rows, with most of the padding that they have in common cut."""
         picked = pick(inputs, chosen)
-        shorter = cut(picked, -(-max(row.end for row in rows) // MULTIPLE) * MULTIPLE) if layout.by_tokens else None
+        length = max(LEAST, -(-max(row.end for row in rows) // MULTIPLE) * MULTIPLE)
+        shorter = cut(picked, length) if layout.by_tokens else None
         return picked if shorter is None else shorter
 
     # Depths, and what they depend on
