@@ -9,29 +9,31 @@ passes through:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .grids import legend_below, names_of, width_of
-from .reading import RunRecord, outline
+from .grids import legend_below, names_of, round_ticks, width_of
+from .reading import RecordedStage, RunRecord, outline
 from .themes import DASHES, LINES, RATES, Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINTS = 600  # of a line
+Notes = Mapping[int, str]  # what is to be said of a stage, by its number
 _STAGES = 40  # with more of them, lines between stages would hide the data
 _LEGEND = 6
 
 
-def draw_loss(axes: Axes, record: RunRecord, theme: Theme) -> None:
+def draw_loss(axes: Axes, record: RunRecord, theme: Theme) -> Notes:
     """Draws the training loss, and that of evaluations."""
     drawn = [_line(axes, record, key, label, at) for at, (key, label) in enumerate(_losses(record).items())]
     axes.set_ylabel("loss")
     legend_below(axes, drawn)
+    return {}
 
 
 def _losses(record: RunRecord) -> dict[str, str]:
@@ -50,13 +52,14 @@ def metrics_shown(record: RunRecord) -> tuple[str, ...]:
     return alike or others[:1]
 
 
-def draw_metrics(axes: Axes, record: RunRecord, theme: Theme) -> None:
+def draw_metrics(axes: Axes, record: RunRecord, theme: Theme) -> Notes:
     """Draws what was evaluated beside the loss."""
     names = metrics_shown(record)
     drawn = [_line(axes, record, key, key.removeprefix("eval_"), at, marker="o") for at, key in enumerate(names)]
     axes.set_ylabel(names[0].removeprefix("eval_") if len(names) == 1 else "metric")
     if len(drawn) > 1:
         legend_below(axes, drawn)
+    return {}
 
 
 def _line(axes: Axes, record: RunRecord, key: str, label: str, at: int, marker: str | None = None) -> Any:
@@ -101,13 +104,13 @@ def rate_lines(record: RunRecord) -> dict[str, tuple[list[int], list[float]]]:
     return {outline(own): lines[own[0]] for own in alike.values()}
 
 
-def draw_rates(axes: Axes, record: RunRecord, theme: Theme) -> None:
+def draw_rates(axes: Axes, record: RunRecord, theme: Theme) -> Notes:
     """Draws the learning rates; segments with the same share a line."""
     import matplotlib as mpl
 
     lines = rate_lines(record)
     few = len(lines) <= len(LINES)
-    colours = LINES if few else [mpl.colormaps[RATES](at) for at in np.linspace(0.05, 0.95, len(lines))]
+    colours = LINES if few else [mpl.colormaps[RATES](at) for at in np.linspace(0.2, 0.85, len(lines))]
     drawn = []
     for at, (label, (steps, rates)) in enumerate(lines.items()):
         positive = [rate if rate > 0 else math.nan for rate in rates]
@@ -119,41 +122,34 @@ def draw_rates(axes: Axes, record: RunRecord, theme: Theme) -> None:
     axes.set_ylabel("learning rate")
     picked = range(len(drawn)) if few else sorted({round(at) for at in np.linspace(0, len(drawn) - 1, _LEGEND)})
     legend_below(axes, [drawn[at] for at in picked])
+    return {}
 
 
 def _few_rates(axes: Axes, rates: Sequence[float]) -> None:
-    """Labels four rates: a logarithmic axis of less than a decade has no labels of its own."""
-    if not rates:
-        return
-    low, high = min(rates), max(rates)
-    ticks = list(np.geomspace(low, high, 4)) if high > 1.2 * low else [low]
-    axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
+    """Labels round rates alone: a logarithmic axis of less than a decade has no labels of its own."""
+    if rates:
+        ticks = round_ticks(min(rates), max(rates)) if max(rates) > 1.05 * min(rates) else [max(rates)]
+        axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
     axes.minorticks_off()
 
 
-def draw_seconds(axes: Axes, record: RunRecord, theme: Theme) -> None:
-    """Draws how long each step took, and the median of each stage."""
+def draw_seconds(axes: Axes, record: RunRecord, theme: Theme) -> Notes:
+    """Draws how long each step took, and the median of each stage; returns the medians."""
     steps, seconds = _thinned(list(record.seconds), list(record.seconds.values()))
-    axes.plot(steps, seconds, ".", color=LINES[4], markersize=3, label="a step")
-    spans = {(stage.first, stage.end): record.seconds_in(stage) for stage in record.stages}
-    spans = spans or {(0, record.done): list(record.seconds.values())}
-    medians = {span: median(own) for span, own in spans.items() if own}
-    for (first, end), middle in medians.items():
-        axes.plot([first, end], [middle] * 2, color=LINES[1], linewidth=2.4, solid_capstyle="butt")
-        if (end - first) / max(1, record.done) > 0.9 / width_of(axes):
-            axes.annotate(
-                time_text(middle), ((first + end) / 2, middle), xytext=(0, 4), textcoords="offset points", ha="center"
-            )
+    axes.plot(steps, seconds, ".", color=LINES[4], markersize=3)
+    stages = record.stages or (RecordedStage(1, 0, record.done, {}),)
+    medians = [(stage, median(own)) for stage in stages if (own := record.seconds_in(stage))]
+    for stage, middle in medians:
+        axes.plot([stage.first, stage.end], [middle] * 2, color=LINES[1], linewidth=2.4, solid_capstyle="butt")
     # the first step of a run, or of a stage, may take many times as long as the others
-    top = max([1.25 * own for own in medians.values()] + [1.1 * float(np.percentile(seconds, 97))], default=1.0)
+    top = max([1.25 * own for _, own in medians] + [1.1 * float(np.percentile(seconds, 97))])
     axes.set_ylim(0, top)
-    above = sum(own > top for own in record.seconds.values())
-    if above:
-        axes.annotate(
-            f"{above} above, up to {time_text(max(record.seconds.values()))}", (1, 1), xycoords="axes fraction",
-            xytext=(0, -3), textcoords="offset points", ha="right", va="top", color=theme.ink,
-        )  # fmt: skip
+    if above := sum(own > top for own in seconds):
+        axes.set_title(
+            f"{above} above, up to {time_text(max(seconds))}", loc="right", fontweight="normal", fontsize="medium"
+        )
     axes.set_ylabel("seconds a step")
+    return {stage.number: time_text(middle) for stage, middle in medians}
 
 
 def cache_share(record: RunRecord) -> tuple[list[int], list[float]]:
@@ -163,43 +159,74 @@ def cache_share(record: RunRecord) -> tuple[list[int], list[float]]:
     return [step for step in asked if asked[step]], [100 * hits[step] / asked[step] for step in asked if asked[step]]
 
 
-def draw_cache(axes: Axes, record: RunRecord, theme: Theme) -> None:
+def draw_cache(axes: Axes, record: RunRecord, theme: Theme) -> Notes:
     """Draws which share of rows the prefix cache had."""
-    axes.plot(*cache_share(record), color=LINES[2], marker=".")
+    steps, shares = _thinned(*cache_share(record))
+    axes.plot(steps, shares, color=LINES[2], marker="o" if len(steps) <= 30 else None, markersize=3.5)
     axes.set_ylim(-3, 103)
     axes.set_ylabel("hits, %")
+    return {}
 
 
-def draw_stages(axes: Axes, record: RunRecord, theme: Theme) -> None:
-    """Draws where stages begin, names them above the axes, and makes the axis of steps."""
+def draw_stages(axes: Axes, record: RunRecord, theme: Theme, notes: Notes, letters: float) -> None:
+    """Draws where stages begin, names them above the axes with a note each, and makes the axis of steps.
+
+    Args:
+        axes: What to draw into.
+        record: The run.
+        theme: The colours.
+        notes: What to say of some stages, by their number.
+        letters: How many letters there is room for from the first step to the last.
+    """
     from matplotlib.ticker import MaxNLocator
 
     end = max(record.done, 1)
-    wide = width_of(axes) > 6
     axes.set_xlim(0, end)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
+    nbins = 8 if width_of(axes) > 6 else 5
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=nbins, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("optimizer steps")
-    if not 1 < len(record.stages) <= _STAGES:
+    if len(record.stages) > _STAGES:
         return
-    for stage in record.stages:
+    stages = record.stages or (RecordedStage(1, 0, end, {}),)
+    for stage, label in zip(stages, _labels(stages, notes, letters / end), strict=True):
         if stage.first:
             axes.axvline(stage.first, color=theme.muted, linestyle=":", linewidth=1)
-        share = (stage.end - stage.first) / end
-        label = f"stage {stage.number}" if share > (0.14 if wide else 0.28) else str(stage.number)
-        if share > (0.03 if wide else 0.06):
-            axes.annotate(
-                label, ((stage.first + stage.end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                textcoords="offset points", ha="center", va="bottom", color=theme.ink, annotation_clip=False,
-            )  # fmt: skip
+        axes.annotate(
+            label, ((stage.first + stage.end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            textcoords="offset points", ha="center", va="bottom", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _labels(stages: Sequence[RecordedStage], notes: Notes, letters: float) -> list[str]:
+    """Returns what to write above each stage, `letters` of which stand on a step; in full if there is room for all."""
+    several = len(stages) > 1
+    names = [f"stage {stage.number}" if several else "" for stage in stages]
+    full = [": ".join(filter(None, (n, notes.get(s.number)))) for n, s in zip(names, stages, strict=True)]
+    short = [notes.get(stage.number, str(stage.number) if several else "") for stage in stages]
+    middles = [letters * (stage.first + stage.end) / 2 for stage in stages]
+    return full if _apart(full, middles) == full else _apart(short, middles)
+
+
+def _apart(texts: Sequence[str], middles: Sequence[float]) -> list[str]:
+    """Returns the texts, without those that would touch the one before them."""
+    kept, free = [], 0.0
+    for text, middle in zip(texts, middles, strict=True):
+        fits = middle - len(text) / 2 >= free
+        kept.append(text if fits else "")
+        free = middle + len(text) / 2 + 1 if fits else free
+    return kept
 
 
 def time_text(seconds: float) -> str:
-    """Returns a time with its unit: ``84 ms``, ``1.25 s``.
+    """Returns a time with its unit.
 
-    >>> time_text(0.084), time_text(1.25)
-    ('84 ms', '1.25 s')
+    >>> time_text(0.084), time_text(1.25), time_text(125), time_text(5400)
+    ('84 ms', '1.25 s', '2 min 5 s', '1 h 30 min')
     """
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    if seconds < 60:
+        return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def _short(label: str, length: int = 34) -> str:

@@ -1,6 +1,6 @@
 """The norms of gradients by segment, at the cost of one call and no wait.
 
-What lives here: `gradient_norms`. What may not: when to measure, and what for.
+What lives here: `gradient_norms`, `tensor_norms`. What may not: when to measure, and what for.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ def gradient_norms(held: Mapping[str, Iterable[nn.Parameter]]) -> Callable[[], d
     >>> gradient_norms({"head": [head.weight], "layers[0]": []})()
     {'head': 5.0}
     """
+    return tensor_norms({name: [p.grad for p in own if p.grad is not None] for name, own in held.items()})
+
+
+def tensor_norms(held: Mapping[str, Iterable[Tensor]]) -> Callable[[], dict[str, float]]:
+    """Measures the L2 norm of the tensors under each name, as `gradient_norms` does; names without any are left out."""
     batches: dict[Any, tuple[list[str], list[Tensor]]] = {}
-    for name, parameters in held.items():
-        for gradient in (parameter.grad for parameter in parameters):
-            if gradient is None:
-                continue
-            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    for name, own in held.items():
+        for tensor in own:
+            values = tensor.coalesce().values() if tensor.is_sparse else tensor
             names, tensors = batches.setdefault(
                 (values.device, values.dtype, getattr(values, "device_mesh", None)), ([], [])
             )

@@ -8,6 +8,7 @@ figures, files. How data passes through:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def gradient_grid(record: RunRecord) -> Grid:
     return Grid(names, np.array([first, *ends]), values, np.where(np.isnan(values), 0.0, 1.0))
 
 
-def draw_trained(axes: Axes, record: RunRecord, theme: Theme) -> None:
+def draw_trained(axes: Axes, record: RunRecord, theme: Theme) -> dict[int, str]:
     """Draws what trained when: a colour for the learning rate, grey while frozen, stripes where a part trains."""
     import matplotlib as mpl
 
@@ -96,18 +97,24 @@ def draw_trained(axes: Axes, record: RunRecord, theme: Theme) -> None:
     low, high = _range(grid.values)
     shown = np.where(grid.shares > 0, np.clip(np.nan_to_num(grid.values, nan=low), low, high), np.nan)
     _draw(axes, grid, shown, mpl.colormaps[RATES], (low, high), "learning rate", theme)
-    partial = np.where((grid.shares > 0) & (grid.shares < 1), 1.0, np.nan)
     legend = [_patch(theme.frozen, "frozen")] if np.isnan(shown).any() else []
-    if not np.isnan(partial).all():
-        axes.pcolor(
-            grid.edges, np.arange(len(grid.names) + 1), np.ma.masked_invalid(partial), hatch="////", alpha=0.0,
-            edgecolor="#ffffff", linewidth=0,
-        )  # fmt: skip
+    if _stripe(axes, grid):
         legend.append(_patch("#2a788e", "a part trains", hatch="////"))
     legend_below(axes, legend)
+    return {}
 
 
-def draw_gradients(axes: Axes, record: RunRecord, theme: Theme) -> None:
+def _stripe(axes: Axes, grid: Grid) -> bool:
+    """Stripes the cells of segments of which only a part trains; returns whether there are any."""
+    partial = (grid.shares > 0) & (grid.shares < 1)
+    for row in np.flatnonzero(partial.any(axis=1)):
+        turns = np.flatnonzero(np.diff([False, *partial[row], False]))  # where cells with stripes begin and end
+        spans = [(grid.edges[begin], grid.edges[end] - grid.edges[begin]) for begin, end in turns.reshape(-1, 2)]
+        axes.broken_barh(spans, (float(row), 1.0), facecolor="none", edgecolor="#ffffff", hatch="////", linewidth=0)
+    return bool(partial.any())
+
+
+def draw_gradients(axes: Axes, record: RunRecord, theme: Theme) -> dict[int, str]:
     """Draws the norms of the gradients; colours of their own for zero and for what is no number."""
     import matplotlib as mpl
 
@@ -120,6 +127,7 @@ def draw_gradients(axes: Axes, record: RunRecord, theme: Theme) -> None:
     legend += [_patch(ZERO, "zero")] if (grid.values == 0).any() else []
     legend += [_patch(BROKEN, "infinite or not a number")] if np.isinf(grid.values).any() else []
     legend_below(axes, legend)
+    return {}
 
 
 def _draw(
@@ -135,13 +143,13 @@ def _draw(
     axes.grid(False)
     axes.set_ylim(0, len(grid.names))
     axes.tick_params(axis="y", length=0)
-    for row in rows[1:-1]:
+    for row in rows[1:-1] if len(grid.names) <= _ROWS else ():
         axes.axhline(row, color=theme.paper if theme.paper != "none" else theme.grid, linewidth=0.5)
     ticks = name_ticks(grid.names)
     axes.set_yticks([row + 0.5 for row in ticks], [grid.names[row] for row in ticks])
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=18, extend="neither")
-    values = np.geomspace(*span, 4) if span[1] / span[0] > 1.2 else [np.sqrt(span[0] * span[1])]
-    bar.set_ticks(list(values), labels=[f"{value:.2g}" for value in values], minor=False)
+    values = round_ticks(*span)
+    bar.set_ticks(values, labels=[f"{value:.2g}" for value in values], minor=False)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
     bar.set_label(label)
@@ -155,10 +163,39 @@ def name_ticks(names: Sequence[str], most: int = _ROWS) -> list[int]:
     layers = [row for row, name in enumerate(names) if "layers[" in name]
     outside = [row for row in range(len(names)) if row not in layers]
     chosen: list[int] = []
-    for row in [*outside, *layers[:: 2 * apart]]:
+    for row in [*reversed(outside), *layers[:: 2 * apart]]:
         if all(abs(row - other) >= apart for other in chosen):
             chosen.append(row)
     return sorted(chosen)
+
+
+def legend_rows(axes: Axes) -> int:
+    """Returns how many rows the legend has; 0 where there is none."""
+    legend = axes.get_legend()
+    labels = [text.get_text() for text in legend.get_texts()] if legend is not None else []
+    return -(-len(labels) // _columns(labels, axes)) if labels else 0
+
+
+def _columns(labels: Sequence[str], axes: Axes) -> int:
+    import matplotlib as mpl
+
+    letters = 0.75 * 72 * width_of(axes) / mpl.rcParams["font.size"]
+    return max(1, min(len(labels), int(letters / (0.6 * max(map(len, labels)) + 4))))
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Returns round numbers between two on a logarithmic axis, up to six; the two themselves where there are none.
+
+    >>> round_ticks(2e-6, 2e-3), round_ticks(1.5e-4, 6e-4), round_ticks(2.2, 2.4)
+    ([1e-05, 0.0001, 0.001], [0.0002, 0.0005], [2.2, 2.4])
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 2, 5)):
+        found = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
+        found = [value for value in found if low <= value <= high]
+        if len(found) > 1:
+            return found[:: -(-len(found) // 6)]
+    return [low, high]
 
 
 def _patch(colour: str, label: str, hatch: str | None = None) -> Patch:
@@ -176,13 +213,10 @@ def width_of(axes: Axes) -> float:
 
 def legend_below(axes: Axes, handles: Sequence[Any]) -> None:
     """Puts a legend under the axes, behind the name of the horizontal one, in as many columns as there is room for."""
-    import matplotlib as mpl
-
     if handles:
-        letters = 0.75 * 72 * width_of(axes) / mpl.rcParams["font.size"]
-        columns = int(letters / (0.6 * max(len(handle.get_label()) for handle in handles) + 4))
+        columns = _columns([handle.get_label() for handle in handles], axes)
         axes.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=max(1, min(columns, len(handles))),
+            handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=columns,
             borderaxespad=3.6, handlelength=1.8, columnspacing=1.2,  # in letters
         )  # fmt: skip
 

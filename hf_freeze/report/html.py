@@ -151,7 +151,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         ("model", record.model),
         ("parameters", f"{sum(known):,}" if known else None),
         ("optimizer steps", steps),
-        ("time of its steps", time_text(total) if total else None),
+        ("time of steps", time_text(total) if total else None),
         *((name, number(own)) for name, own in last.items()),
         ("audit", _audit_in_short(record.audit)),
         ("certificate", None if record.certificate is None else str(record.certificate.get("verdict", "?"))),

@@ -11,7 +11,7 @@ matplotlib is imported when a figure is made, and its `pyplot` never: a figure b
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ class Picture:
         name: How it is called in a file.
         title: What stands above it.
         says: What it shows, in a sentence.
-        draw: Draws it into axes.
+        draw: Draws it into axes; returns what is to be said of stages, by their number.
         has: Whether a record has something for it.
         rows: Whether each segment is a row in it.
     """
@@ -46,7 +46,7 @@ class Picture:
     name: str
     title: str
     says: str
-    draw: Callable[[Axes, RunRecord, Theme], None]
+    draw: Callable[[Axes, RunRecord, Theme], Mapping[int, str]]
     has: Callable[[RunRecord], bool]
     rows: bool = False
 
@@ -68,8 +68,13 @@ def pictures_of(record: RunRecord) -> tuple[Picture, ...]:
 
     every = (
         Picture(
-            "trained", "What trained when", "The learning rate of each segment over the run; grey is frozen.",
+            "trained", "What trained when",
+            "The learning rate of each segment over the run; grey is frozen, stripes train in part.",
             grids.draw_trained, lambda own: bool(own.stages), rows=True,
+        ),
+        Picture(
+            "gradients", "Gradients", "The norm of the gradients in each segment, before clipping.",
+            grids.draw_gradients, lambda own: any(log.gradients for log in own.logs), rows=True,
         ),
         Picture(
             "loss", "Loss", "Loss over the run, with the stages.", curves.draw_loss,
@@ -78,10 +83,6 @@ def pictures_of(record: RunRecord) -> tuple[Picture, ...]:
         Picture(
             "metrics", "Metrics", "What was evaluated, with the stages.", curves.draw_metrics,
             lambda own: bool(curves.metrics_shown(own)),
-        ),
-        Picture(
-            "gradients", "Gradients", "The norm of the gradients in each segment, before clipping.",
-            grids.draw_gradients, lambda own: any(log.gradients for log in own.logs), rows=True,
         ),
         Picture(
             "rates", "Learning rates", "The learning rate of each segment; those with the same share a line.",
@@ -154,18 +155,25 @@ def _figure(record: RunRecord, rows: Sequence[Sequence[Picture]], theme: Theme, 
     import matplotlib as mpl
 
     from .curves import draw_stages
+    from .grids import legend_rows
 
     heights = [max(picture.height(record) for picture in row) for row in rows]
     columns = max(len(row) for row in rows)
     with mpl.rc_context(theme.settings(size)):
         figure = _class()(figsize=(width, sum(heights)), layout="constrained")
         grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+        legends = [0] * len(rows)
         for at, row in enumerate(rows):
             for column, picture in enumerate(row):
                 axes = figure.add_subplot(grid[at, column])
-                picture.draw(axes, record, theme)
-                draw_stages(axes, record, theme)
+                notes = picture.draw(axes, record, theme)
+                # names of rows and a bar of colours take some of the width
+                draw_stages(axes, record, theme, notes, letters=(7 if picture.rows else 10) * width / columns)
                 axes.set_title(picture.title)
+                legends[at] = max(legends[at], legend_rows(axes) - 1)
+        heights = [height + rows * size * 1.5 / 72 for height, rows in zip(heights, legends, strict=True)]
+        grid.set_height_ratios(heights)
+        figure.set_figheight(sum(heights))
     return figure
 
 
