@@ -19,9 +19,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .auditing import AuditCallback
+from .certify import CertifyCallback
 from .data import EMBEDDED, Split, TextCorpus, check_model, load_corpus, metrics, tokenize
 from .errors import DataError, ScheduleError, SelectorError
 from .recipes import Recipe, TextSource
+from .report.recording import RunRecorder
 from .schedules import UnfreezeSchedule
 from .summary import trainable_summary
 
@@ -90,6 +93,12 @@ def fine_tune(recipe: Recipe, corpus: TextCorpus | None = None, callbacks: Seque
         recipe=recipe, trainable=summary.trainable, parameters=summary.parameters, seconds=seconds,
         **found, logits=logits, model=model, tokenizer=tokenizer, records=records,
     )  # fmt: skip
+
+
+def watchers(recipe: Recipe) -> list[TrainerCallback]:
+    """Returns the callbacks that write beside a run what it did: its record, its audit, and where something is frozen
+    for the whole run the certificate of that."""
+    return [RunRecorder(), AuditCallback(), *([CertifyCallback()] if recipe.freeze or recipe.adapter else [])]
 
 
 def resolved(recipe: Recipe) -> Recipe:

@@ -3,7 +3,8 @@ the same from one recipe."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,13 @@ from hf_freeze import (
     on_plateau,
     select,
 )
+from hf_freeze.data import EMBEDDED, Split
 from hf_freeze.errors import AdapterError, RecipeError, ScheduleError, SelectorError
 from hf_freeze.presets import PRESETS
 from hf_freeze.recipes import Cache, TextSource
+from hf_freeze.recipes.reading import read_yaml
+from hf_freeze.recipes.recipe import FOLDER
+from hf_freeze.runs import corpus_of, fine_tune
 from tests.training import SMALL_RUN, make_trainer, rows, tiny_bert
 
 STAGES = UnfreezeSchedule([Stage(0, "head", lr={"head": 2e-5}), Stage("50%", "layers[-1:]", layer_decay=0.9, warmup=3)])
@@ -317,3 +322,78 @@ def test_a_preset_is_called_as_its_file_and_says_what_it_is_for(name):
 def test_the_presets_are_those_that_were_agreed_on():
     agreed = {"head-only", "adapters", "gradual", "lp-ft", "fast", "lora-like", "bitfit", "surgical"}
     assert set(Recipe.presets()) == agreed
+
+
+def test_lora_like_has_about_the_parameters_of_lora_of_rank_8():
+    # LoRA of rank r on queries and values: two matrices of r x d each, for each of two projections.
+    width, layers = 384, 6
+    with torch.device("meta"):
+        config = BertConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=12)
+        model = Recipe.from_preset("lora-like").apply(BertForSequenceClassification(config))
+    ours = sum(p.numel() for name, p in model.named_parameters() if "bottleneck" in name)
+    assert ours == pytest.approx(layers * 2 * 2 * 8 * width, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", Recipe.presets())
+def test_a_preset_learns_from_a_slice_of_real_text(name):
+    recipe = replace(Recipe.from_preset(name), dataset=TextSource(EMBEDDED, limit=100), max_length=32)
+    corpus = corpus_of(recipe)
+    tested = replace(corpus, test=Split(corpus.test.texts[::4], corpus.test.labels[::4]))
+    assert fine_tune(recipe, tested).accuracy > 0.6  # the largest of the five classes makes up 0.23
+
+
+# The schema
+
+
+def test_the_schema_in_the_manual_is_the_recipes_own():
+    written = json.loads((Path(__file__).parents[1] / "docs" / "recipe.schema.json").read_text())
+    assert written == Recipe.json_schema(), "write it anew: hf-freeze recipe schema --output docs/recipe.schema.json"
+
+
+def validator():
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft7Validator.check_schema(Recipe.json_schema())
+    return jsonschema.Draft7Validator(Recipe.json_schema())
+
+
+@pytest.mark.parametrize("name", Recipe.presets())
+def test_the_schema_takes_the_presets_and_what_is_written_of_them(name):
+    validator().validate(read_yaml(FOLDER / f"{name}.yaml"))
+    validator().validate(read_yaml(Recipe.from_preset(name).to_yaml()))
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_the_schema_takes_what_is_written(told):
+    validator().validate(read_yaml(TOLD[told].to_yaml()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "freze: base", "lr: fast", "batch_size: 2.5", "freeze: [head]", "name: null", "epochs: true",
+        "adapter: {bottleneck_sise: 2}", "adapter: {placement: pfeifer}", "adapter: true", "adapter: {record: {}}",
+        "dataset: {text_column: a}", "dataset: 3", "cache: {dtype: bfloat}", "cache: {dtyp: float16}",
+        "unfreeze: gradul", "unfreeze: {preset: gradual}", "unfreeze: {stages: []}",
+        "unfreeze: {stages: [{start: 0, unfreez: head}]}", "unfreeze: {preset: {name: gradual, probe: 30%}}",
+        "unfreeze: {stages: [{start: {plateu: eval_loss}, unfreeze: head}]}",
+    ],
+)  # fmt: skip
+def test_the_schema_refuses_what_a_recipe_does(text):
+    assert not validator().is_valid(read_yaml(text))
+    with pytest.raises(FreezeError):
+        Recipe.from_yaml(text)
+
+
+def test_every_field_has_words_in_the_schema():
+    def bare(schema, path):
+        for name, own in schema.get("properties", {}).items():
+            if "description" not in own and "const" not in own and name not in ("stages", "preset"):
+                yield f"{path}.{name}"
+            yield from bare(own, f"{path}.{name}")
+        for each in schema.get("anyOf", ()):
+            yield from bare(each, path)
+        if "items" in schema:
+            yield from bare(schema["items"], path)
+
+    assert list(bare(Recipe.json_schema(), "recipe")) == []

@@ -75,7 +75,7 @@ def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
     from rich.console import Console
 
     from ..data import check_model
-    from ..runs import corpus_of, fine_tune
+    from ..runs import corpus_of, fine_tune, watchers
     from .progress import ProgressBar
     from .tables import as_dict, keep, only_json, outcome_table, print_json, quiet
 
@@ -87,7 +87,7 @@ def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
             f"{len(corpus.label_names)} classes, seed {recipe.seed}"
         )
         quiet()
-        outcome = fine_tune(recipe, corpus, [ProgressBar(recipe.name)])
+        outcome = fine_tune(recipe, corpus, [ProgressBar(recipe.name), *watchers(recipe)])
         Console().print(outcome_table([outcome]))
         keep(outcome, output, corpus)
     if as_json:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..adapters import BottleneckConfig
+from ..cache import PrefixCache
 from ..callbacks import StagedUnfreezing
 from ..errors import AdapterError, RecipeError, ScheduleError, nearest
 from ..freezing import freeze
@@ -283,9 +284,7 @@ class Recipe:
         schedule = self.schedule(model)
         found: list[TrainerCallback] = [StagedUnfreezing(schedule)] if schedule else []
         if isinstance(self.cache, Cache):
-            import hf_freeze
-
-            found.append(hf_freeze.PrefixCache(**asdict(self.cache)))
+            found.append(PrefixCache(**asdict(self.cache)))
         return found
 
     def training_arguments(self, output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:

@@ -58,7 +58,7 @@ def explained(cls: type) -> dict[str, str]:
 
 def _object(cls: type, names: Iterable[str], required: Iterable[str] = (), **others: Schema) -> Schema:
     """Returns the schema of a mapping of a dataclass's fields, of which `others` have a schema of their own."""
-    hints, words = get_type_hints(cls), explained(cls)
+    hints, words = get_type_hints(cls), {**explained(Stage), **explained(cls)}  # presets refer to stages
     known: dict[str, Field[Any]] = {field.name: field for field in fields(cls)}
     properties = {name: {**others.get(name, _of(hints[name])), **_about(known[name], words)} for name in names}
     about = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
