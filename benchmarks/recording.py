@@ -1,6 +1,6 @@
 """What writing a run down costs, and the pictures of that run.
 
-    python benchmarks/recording.py [--pictures docs/pictures]
+    python benchmarks/recording.py [--pictures docs/pictures] [--report report.html]
 
 Fine-tunes the embedded BERT on the embedded news in four stages with `RunRecorder`, and measures how long its events
 take beside the steps, each step being logged and each tenth. Prints it with machine, versions, seed, date.
@@ -84,8 +84,9 @@ def main() -> None:
             step, own = sum(seconds.values()) / len(seconds), recorder.taken / len(seconds)
             print(f"| each {every} | {1000 * step:.1f} ms | {1000 * own:.2f} ms | {own / step:.2%} |")
             if options.pictures and every == 1:
-                plot_run(Path(folder, "demo run"), save=options.pictures / "run.png")
-                plot_run(Path(folder, "demo run"), save=options.pictures / "run_dark.png", dark=True)
+                options.pictures.mkdir(parents=True, exist_ok=True)
+                small = {"dpi": 80, "pil_kwargs": {"optimize": True}}
+                plot_run(Path(folder, "demo run")).savefig(options.pictures / "run.png", **small)
             if options.report and every == 1:
                 write_report(Path(folder, "demo run"), options.report)
     print(

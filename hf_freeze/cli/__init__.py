@@ -18,6 +18,7 @@ from .inspect import inspect
 from .plan import plan
 from .predict import predict
 from .recipe import recipes
+from .report import report
 from .train import train
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, predict, inspect, plan, audit, convert):
+for command in (demo, train, predict, inspect, plan, audit, report, convert):
     app.command()(command)
 app.add_typer(recipes, name="recipe")
 

@@ -153,10 +153,20 @@ def draw_seconds(axes: Axes, record: RunRecord, theme: Theme) -> Notes:
 
 
 def cache_share(record: RunRecord) -> tuple[list[int], list[float]]:
-    """Returns the share of rows that the prefix cache had, in percent, at each step that tells."""
-    hits, misses = (dict(zip(*record.series(f"freeze/cache_{what}"), strict=True)) for what in ("hits", "misses"))
-    asked = {step: hits[step] + misses.get(step, 0.0) for step in hits}
-    return [step for step in asked if asked[step]], [100 * hits[step] / asked[step] for step in asked if asked[step]]
+    """Returns the share of rows that the prefix cache had since the log before, in percent, at each step that tells.
+
+    What is logged are the rows so far; a run that was resumed counts anew.
+    """
+    (steps, hits), (_, misses) = (record.series(f"freeze/cache_{what}") for what in ("hits", "misses"))
+    found: dict[int, float] = {}
+    before = (0.0, 0.0)
+    for step, *now in zip(steps, hits, misses, strict=False):
+        anew = now[0] < before[0] or now[1] < before[1]
+        had, lacked = now if anew else (now[0] - before[0], now[1] - before[1])
+        if had + lacked:
+            found[step] = 100 * had / (had + lacked)
+        before = (now[0], now[1])
+    return list(found), list(found.values())
 
 
 def draw_cache(axes: Axes, record: RunRecord, theme: Theme) -> Notes:

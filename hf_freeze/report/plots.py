@@ -174,6 +174,9 @@ def _figure(record: RunRecord, rows: Sequence[Sequence[Picture]], theme: Theme, 
         heights = [height + rows * size * 1.5 / 72 for height, rows in zip(heights, legends, strict=True)]
         grid.set_height_ratios(heights)
         figure.set_figheight(sum(heights))
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.set(h_pad=0.09, w_pad=0.07)  # inches: legends stand under one picture, titles above the next
     return figure
 
 

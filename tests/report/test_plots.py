@@ -198,13 +198,16 @@ def test_the_time_of_a_step_is_drawn_with_the_median_of_each_stage(record):
     ]  # fmt: skip
 
 
-def test_the_share_of_hits_is_drawn(record):
+def test_the_share_of_hits_since_the_log_before_is_drawn(record):
+    counts = [(1, 0, 0), (2, 0, 8), (4, 6, 10), (5, 14, 10), (6, 2, 6)]  # resumed behind the fifth step
     logs = tuple(
-        RecordedLog(step, {"freeze/cache_hits": hits, "freeze/cache_misses": misses})
-        for step, hits, misses in ((1, 0, 0), (2, 0, 8), (4, 6, 2))
+        RecordedLog(at, {"freeze/cache_hits": hits, "freeze/cache_misses": misses}) for at, hits, misses in counts
     )
-    assert cache_share(replace(record, logs=logs)) == ([2, 4], [0.0, 75.0])
-    assert "cache" in [picture.name for picture in pictures_of(replace(record, logs=logs))]
+    cached = replace(record, logs=logs)
+    assert cache_share(cached) == ([2, 4, 5, 6], [0.0, 75.0, 100.0, 25.0])
+    (picture,) = (picture for picture in pictures_of(cached) if picture.name == "cache")
+    line = figure_of(cached, picture).axes[0].get_lines()[0]
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4, 5, 6], [0.0, 75.0, 100.0, 25.0])
 
 
 # Any run
