@@ -108,7 +108,8 @@ class Seal:
 
     def __post_init__(self) -> None:
         frozen = frozen_tensors(self.model)
-        self.size = sum(tensor.numel() * tensor.element_size() for tensor in frozen.values())
+        parts = [part for tensor in frozen.values() for part in _plain(tensor.detach())]
+        self.size = sum(part.numel() * part.element_size() for part in parts)
         self.hashes = {name: hash_of(name, tensor) for name, tensor in frozen.items()}
         self.begin = _moment(self.step, self.hashes)
 

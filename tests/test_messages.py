@@ -27,6 +27,7 @@ from hf_freeze import (
     select,
     unfreeze,
 )
+from hf_freeze.certify import Seal
 from hf_freeze.data import Split, check_model, check_output_dir, load_corpus, tokenize
 from hf_freeze.engine import StageEngine
 from hf_freeze.optim import require_steps
@@ -65,6 +66,12 @@ def waiting(model, start):
     return attach_schedule(UnfreezeSchedule([Stage(0, "head"), Stage(start, "all")]), model, optimizer, scheduler, 10)
 
 
+def broken(model):
+    freeze(model, "pooler")
+    with hf_freeze.certify_frozen(model):
+        model.bert.pooler.dense.bias.data += 1
+
+
 def attached_twice(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -74,6 +81,15 @@ def attached_twice(model):
 
 def plateau(optimizer, _):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def extended(model, stage, attach=True):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    engine = StageEngine(model, [Stage(0, "layers")], grows=True)
+    if attach:
+        engine.attach(optimizer, scheduler, 10, 5)
+    engine.extend(stage)
 
 
 SELECTING = [
@@ -192,6 +208,18 @@ SCHEDULING = [
         "Leave it out, and load the best weights yourself",
     ),
     (lambda m: planned(m, Stage(0, "hat")), "'hat' names no segment", PARTS),
+    (
+        lambda m: extended(m, Stage("3 steps", "layers[0]"), attach=False),
+        *("The stage at '3 steps' comes when no run goes on", "Attach the engine first"),
+    ),
+    (
+        lambda m: extended(m, Stage("10 steps", "layers[0]")),
+        *("The stage at '10 steps' (step 10) does not come between", "the last, at step 0, and the end at step 10"),
+    ),
+    (
+        lambda m: extended(m, Stage("3 steps", "head")),
+        *("'classifier.bias' and 1 more are to train from step 3 on", "Unfreeze them before the run"),
+    ),
     (attached_twice, "Another schedule is carried out with this optimizer", "Use one StagedUnfreezing"),
     (
         lambda m: require_steps(LayerWiseDummyOptimizer({}, lr=1.0)),
@@ -267,6 +295,20 @@ class OneToken:
 
 
 # files -> what the user did -> what the message must say
+AUDITING = [
+    (lambda m: hf_freeze.audit(m), "No parameter of BertForSequenceClassification has a gradient", "loss.backward()"),
+    (lambda m: hf_freeze.audit(m, symptom="los"), "'los' is no symptom", "Did you mean 'loss'?", "memory, accuracy"),
+    (lambda m: hf_freeze.audit(m, symptom="memory"), "symptom='memory' is measured on a batch", "Pass batch="),
+    (
+        lambda m: hf_freeze.audit(m, symptom="accuracy", batch={"input_ids": torch.tensor([[1]])}),
+        "BertForSequenceClassification gives no loss for a batch of input_ids",
+        "Put labels into it",
+    ),
+    (lambda m: hf_freeze.Finding("HF1"), "'HF1' is no code of an audit", "HF001 is the first"),
+    (lambda m: hf_freeze.AuditCallback(every=0), "every=0 in AuditCallback", "a number of steps, from 1"),
+    (broken, "'bert.pooler.dense.bias' was frozen and has changed, and 0 more of 2", "audit(model, optimizer)"),
+    (lambda m: Seal(freeze(m.to("meta"), "head") and m), "'classifier.weight' has no data here", "Load its weights"),
+]
 READING = [
     ({}, lambda: load_corpus("no.csv"), "No such file or folder: 'no.csv'", "Check the path"),
     ({"news.csv": ""}, lambda: load_corpus("new.csv"), "'new.csv'", "Did you mean 'news.csv'?"),
@@ -335,7 +377,8 @@ def error_of(mistake, *arguments):
 
 
 @pytest.mark.parametrize(
-    "mistake, fragments", [pytest.param(row[0], row[1:], id=row[1]) for row in SELECTING + SCHEDULING + ADAPTING]
+    "mistake, fragments",
+    [pytest.param(row[0], row[1:], id=row[1]) for row in SELECTING + SCHEDULING + ADAPTING + AUDITING],
 )
 def test_a_message_names_the_value_and_the_mend(mistake, fragments):
     check(str(error_of(mistake, classifier())), fragments)
