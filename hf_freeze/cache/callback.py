@@ -32,8 +32,6 @@ from .prefix import find_prefixes
 from .serving import Counts, Done, Server, Settings, Turn
 from .storage import Room
 
-_LABELS = ("labels", "label", "label_ids")
-
 
 class PrefixCache(TrainerCallback):
     """Keeps what the frozen layers at the bottom of a model put out, so that they are computed once for each input.
@@ -121,8 +119,8 @@ class PrefixCache(TrainerCallback):
         if way := spread_over(bare):
             self._tell(f"The prefix cache stands aside: under {way} no process holds the whole of a layer.")
             return
-        room, settings, turn = Room(self._memory), self._locked(), Turn()
         prefixes = find_prefixes(bare)
+        room, settings, turn = Room(self._memory), self._locked(), Turn()
         if not prefixes:
             self._tell(f"The prefix cache stands aside: {type(bare).__name__} has no layers.")
         self._servers = [Server(bare, prefix, settings, room, self._tell, turn) for prefix in prefixes]
@@ -172,7 +170,7 @@ class PrefixCache(TrainerCallback):
         with self._only_filling(), torch.no_grad(), tqdm(total=len(order), desc="prefix", unit="row") as bar:
             for begin in range(0, len(order), batch_size):
                 rows = [dataset[index] for index in order[begin : begin + batch_size]]
-                batch = {name: value for name, value in collator(rows).items() if name not in _LABELS}
+                batch = collator(rows)
                 device = next(model.parameters()).device
                 with suppress(Done):
                     model(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()})

@@ -38,7 +38,7 @@ def encoded_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """
     count = math.prod(shape)
     if dtype == INT8:
-        return count + _SCALE_BYTES * (count // shape[-1] if count else 0)
+        return count + _SCALE_BYTES * (count // shape[-1] if count and shape else 0)
     return count * DTYPES[dtype].itemsize
 
 

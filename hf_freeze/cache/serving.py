@@ -30,12 +30,13 @@ from .storage import CHUNK, Room, Store
 from .trial import examine
 
 FORMAT = 1  # of the files
-# The length that rows are cut to: torch 2.13 on the CPU then rounds alike at any length. Attention that is fused does so
-# at multiples of 8; below 16 tokens other kernels multiply, in eager attention too.
+# The length that rows are cut to: torch 2.13 on the CPU then rounds alike at any length. Attention that is fused does
+# so at multiples of 8; below 16 tokens other kernels multiply, in eager attention too.
 MULTIPLE, LEAST = 8, 16
 _DECODING = ("past_key_values", "encoder_hidden_states", "cache_params")
 _RECORDING = ("output_hidden_states", "output_attentions")
 _CHANGED = "Frozen weights have been changed: what was cached of them is dropped."
+_Name = tuple[int, bool, tuple[torch.dtype, ...]]  # a depth, whether of the first token alone, autocast's dtypes
 _CHECK_SHARE = 0.01  # of the time that may go into checksums of the weights
 
 
@@ -107,7 +108,7 @@ class Server:
         self.turn = turn
         self.counts = Counts()
         self.filling = False  # whether a call ends where the cache is filled
-        self._depths: dict[tuple[int, bool], _Depth] = {}  # by depth, and whether of the first token alone
+        self._depths: dict[_Name, _Depth] = {}
         self._layouts: dict[tuple[Any, ...], Layout | None] = {}
         self._layout: Layout | None = None  # of the call that is under way
         self._full = self._served = False
@@ -205,7 +206,12 @@ class Server:
         if layout.first_only and any(row.start for row in rows):
             self.counts.passed += len(rows)
             return
-        hidden = self._batch(layout, inputs, rows)
+        try:
+            hidden = self._batch(layout, inputs, rows)
+        except Unfit as error:
+            self.counts.passed += len(rows)
+            self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {error}.")
+            return
         if self.filling:
             raise Done
         length = inputs[MASK].shape[1] if layout.by_tokens else 0
@@ -310,7 +316,10 @@ class Server:
 
     def _depth(self, number: int, layout: Layout) -> _Depth:
         """Returns what is known at a depth, if the weights are still those; else begins anew."""
-        name = (number, layout.first_only and number == layout.depth)
+        autocast = tuple(
+            torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        )
+        name = (number, layout.first_only and number == layout.depth, autocast)
         known = self._depths.get(name)
         if known is not None:
             if known.still():
@@ -326,7 +335,7 @@ class Server:
         self._depths[name] = _Depth(store, tensors, versions(tensors), checksum(tensors))
         return self._depths[name]
 
-    def _open(self, name: tuple[int, bool], tensors: list[Tensor]) -> Store:
+    def _open(self, name: _Name, tensors: list[Tensor]) -> Store:
         settings = self.settings
         if settings.folder is None:
             return Store(settings.dtype, self.room)
@@ -342,15 +351,19 @@ class Server:
             "attention": str(getattr(config, "_attn_implementation", None)),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "autocast": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+            "autocast": [str(dtype) for dtype in name[2]],
         }
         meta["weights"] = fingerprint(tensors, sorted(meta.items()), config.to_json_string() if config else "")
-        store = Store(settings.dtype, self.room, settings.folder / str(meta["weights"])[:16], meta)
+        try:
+            store = Store(settings.dtype, self.room, settings.folder / str(meta["weights"])[:16], meta)
+        except OSError as error:
+            self.tell(f"The prefix cache does without the folder {str(settings.folder)!r}: {error}.")
+            return Store(settings.dtype, self.room)
         if store.refused:
             self.tell(f"The prefix cache begins anew: {store.refused}.")
         return store
 
-    def _drop(self, name: tuple[int, bool]) -> None:
+    def _drop(self, name: _Name) -> None:
         self._depths.pop(name).store.close()
 
 

@@ -12,11 +12,13 @@ A file's blocks are allocated before it is mapped: on a full disk that fails wit
 would kill the process.
 
 A store in a folder outlives the process. A row's bytes are written first and its record in the index behind them, so
-that a killed run leaves whole rows alone; a row's checksum is looked at when it is first read.
+that a killed run leaves whole rows alone; the checksum of a row and its record is looked at when it is first read.
+Files that no later run reads have no name, so that they end with the process, however it ends.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -39,8 +41,10 @@ from .keys import KEY_BYTES
 CHUNK = 64 * 2**20  # bytes
 ALIGN = 64
 INDEX, META = "index.bin", "meta.json"
-_RECORD = struct.Struct(f"<{KEY_BYTES}sIQ4iI")  # key, chunk, offset, shape (4, filled up with -1), checksum
 _DIMENSIONS = 4
+_HEAD = struct.Struct(f"<{KEY_BYTES}sIQ{_DIMENSIONS}i")  # key, chunk, offset, shape (filled up with -1)
+_SUM = struct.Struct("<I")
+_RECORD = _HEAD.size + _SUM.size
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,7 @@ class Room:
     def __init__(self, memory: int) -> None:
         self.memory = memory
         self.in_memory = self.on_disk = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
+        self._mapped: set[int] = set()  # where in memory the chunks begin that lie in files
 
     def chunk(self, least: int) -> Tensor:
         """Returns a chunk of at least so many bytes.
@@ -75,10 +78,8 @@ class Room:
         if size >= least:
             self.in_memory += size
             return torch.empty(size, dtype=torch.uint8)
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="hf-freeze-cache-")
-        self._files += 1
-        return self.file(Path(self._folder.name) / f"chunk-{self._files}.bin", least)
+        with tempfile.TemporaryDirectory(prefix="hf-freeze-cache-", ignore_cleanup_errors=True) as folder:
+            return self.file(Path(folder) / "chunk.bin", least)  # its name goes, its bytes stay while they are mapped
 
     def file(self, path: Path, least: int) -> Tensor:
         """Returns a chunk of at least so many bytes that lies in a new file.
@@ -86,14 +87,19 @@ class Room:
         Raises:
             OSError: the disk is full.
         """
-        chunk = new_file(path, max(CHUNK, least))
+        return self.mapped(new_file(path, max(CHUNK, least)))
+
+    def mapped(self, chunk: Tensor) -> Tensor:
+        """Takes note of a chunk that lies in a file, and returns it."""
+        self._mapped.add(chunk.data_ptr())
         self.on_disk += chunk.numel()
         return chunk
 
-    def give_back(self, chunks: list[Tensor], on_disk: bool = False) -> None:
+    def give_back(self, chunks: list[Tensor]) -> None:
         """Takes note of chunks that are gone."""
         for chunk in chunks:
-            if on_disk or _is_mapped(chunk):
+            if chunk.data_ptr() in self._mapped:
+                self._mapped.remove(chunk.data_ptr())
                 self.on_disk -= chunk.numel()
             else:
                 self.in_memory -= chunk.numel()
@@ -118,7 +124,7 @@ class Store:
         self.refused: str | None = None
         self._chunks: list[Tensor] = []
         self._free = (0, 0)  # offset in the last chunk, bytes left in it
-        self._unread: dict[bytes, int] = {}  # checksums of rows from an earlier run that have not been read yet
+        self._unread: dict[bytes, tuple[bytes, int]] = {}  # of rows from an earlier run: their records and checksums
         self._index: Any = None
         if folder is not None:
             self._open(folder, meta or {})
@@ -144,8 +150,7 @@ class Store:
         place = self._find(content.numel(), tuple(row.shape))
         self._chunks[place.chunk][place.offset : place.offset + content.numel()] = content
         if self._index is not None:
-            shape = [*place.shape, *[-1] * (_DIMENSIONS - len(place.shape))]
-            self._index.write(_RECORD.pack(key, place.chunk, place.offset, *shape, _checksum(content)))
+            self._write(key, place, content)
         self.places[key] = place
 
     def get(self, key: bytes) -> Tensor | None:
@@ -155,8 +160,8 @@ class Store:
         """
         place = self.places[key]
         content = self._chunks[place.chunk][place.offset : place.offset + encoded_bytes(place.shape, self.dtype)]
-        checksum = self._unread.pop(key, None)
-        if checksum is not None and _checksum(content) != checksum:
+        head, checksum = self._unread.pop(key, (b"", None))
+        if checksum is not None and _checksum(content, head) != checksum:
             del self.places[key]
             return None
         return decode(content, place.shape, self.dtype)
@@ -166,8 +171,18 @@ class Store:
         if self._index is not None:
             self._index.close()
             self._index = None
-        self.room.give_back(self._chunks, on_disk=self.folder is not None)
-        self._chunks, self.places, self._free = [], {}, (0, 0)
+        self.room.give_back(self._chunks)
+        self._chunks, self.places, self._unread, self._free = [], {}, {}, (0, 0)
+
+    def _write(self, key: bytes, place: Place, content: Tensor) -> None:
+        """Adds a record to the index, or none of it: on a full disk less may be written than was given."""
+        head = _HEAD.pack(key, place.chunk, place.offset, *place.shape, *[-1] * (_DIMENSIONS - len(place.shape)))
+        record = head + _SUM.pack(_checksum(content, head))
+        end = self._index.seek(0, os.SEEK_END)
+        written = self._index.write(record)
+        if written != len(record):
+            self._index.truncate(end)
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: '{self.folder}'")
 
     def _find(self, size: int, shape: tuple[int, ...]) -> Place:
         offset, left = self._free
@@ -186,12 +201,12 @@ class Store:
             self._read(folder, meta)
         except CacheError as error:
             self.refused = str(error)
-            self.places, self._unread, self._chunks = {}, {}, []
+            self.close()
             for file in (*folder.glob("chunk-*.bin"), folder / INDEX):
                 file.unlink(missing_ok=True)
         write_json(meta, folder / META)
         self._index = (folder / INDEX).open("ab", buffering=0)
-        self._index.truncate(len(self.places) * _RECORD.size)  # what a killed run left of its last record
+        self._index.truncate(os.path.getsize(folder / INDEX) // _RECORD * _RECORD)  # a killed run's last one
 
     def _read(self, folder: Path, meta: dict[str, Any]) -> None:
         """Takes up what an earlier run left.
@@ -205,29 +220,30 @@ class Store:
             differing = sorted(key for key in {*found, *meta} if found.get(key) != meta.get(key))
             raise CacheError(f"the rows in {str(folder)!r} are of another {differing[0]}")
         for number in range(len(list(folder.glob("chunk-*.bin")))):
-            self._chunks.append(_map(folder / f"chunk-{number}.bin"))
-            self.room.on_disk += self._chunks[-1].numel()
+            self._chunks.append(self.room.mapped(_map(folder / f"chunk-{number}.bin")))
         end = 0
-        for key, place, checksum in _records(folder / INDEX):
+        for key, place, *sums in _records(folder / INDEX):
             size = encoded_bytes(place.shape, self.dtype)
             if place.chunk >= len(self._chunks) or place.offset + size > self._chunks[place.chunk].numel():
                 raise CacheError(f"'{folder / f'chunk-{place.chunk}.bin'}' is cut off")
-            self.places[key], self._unread[key] = place, checksum
+            self.places[key], self._unread[key] = place, (sums[0], sums[1])
             if place.chunk == len(self._chunks) - 1:
                 end = max(end, place.offset + -(-size // ALIGN) * ALIGN)
         if self._chunks:
             self._free = (end, self._chunks[-1].numel() - end)
 
 
-def _records(file: Path) -> Iterator[tuple[bytes, Place, int]]:
+def _records(file: Path) -> Iterator[tuple[bytes, Place, bytes, int]]:
     content = file.read_bytes()
-    for record in _RECORD.iter_unpack(content[: len(content) // _RECORD.size * _RECORD.size]):
-        key, chunk, offset, *shape, checksum = record
-        yield key, Place(chunk, offset, tuple(size for size in shape if size >= 0)), checksum
+    for begin in range(0, len(content) // _RECORD * _RECORD, _RECORD):
+        head = content[begin : begin + _HEAD.size]
+        key, chunk, offset, *shape = _HEAD.unpack(head)
+        place = Place(chunk, offset, tuple(size for size in shape if size >= 0))
+        yield key, place, head, _SUM.unpack_from(content, begin + _HEAD.size)[0]
 
 
-def _checksum(content: Tensor) -> int:
-    return zlib.crc32(content.numpy().data)
+def _checksum(content: Tensor, head: bytes) -> int:
+    return zlib.crc32(content.numpy().data, zlib.crc32(head))
 
 
 def new_file(path: Path, size: int) -> Tensor:
@@ -255,10 +271,6 @@ def _map(path: Path) -> Tensor:
         return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode="r+"))
     except (OSError, ValueError) as error:  # an empty file can't be mapped
         raise CacheError(f"{str(path)!r} can't be read ({error})") from error
-
-
-def _is_mapped(chunk: Tensor) -> bool:
-    return isinstance(getattr(chunk.numpy(), "base", None), np.memmap)
 
 
 def read_json(path: Path) -> dict[str, Any]:
