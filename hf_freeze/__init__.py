@@ -29,6 +29,7 @@ _HOMES = {
     "layers": ["LayerMap", "Segment", "layer_map"],
     "optim": ["parameter_groups"],
     "planning": ["Plan", "fits", "plan"],
+    "policies": ["AdaptiveFreezing", "Decision", "FreezePolicy", "GradientNormFreezing", "LayerStats"],
     "recipes": ["Recipe"],
     "report.html": ["write_report"],
     "report.plots": ["plot_run"],
@@ -69,6 +70,11 @@ if TYPE_CHECKING:
     from .planning import Plan as Plan
     from .planning import fits as fits
     from .planning import plan as plan
+    from .policies import AdaptiveFreezing as AdaptiveFreezing
+    from .policies import Decision as Decision
+    from .policies import FreezePolicy as FreezePolicy
+    from .policies import GradientNormFreezing as GradientNormFreezing
+    from .policies import LayerStats as LayerStats
     from .recipes import Recipe as Recipe
     from .report.html import write_report as write_report
     from .report.plots import plot_run as plot_run

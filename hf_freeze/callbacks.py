@@ -104,6 +104,7 @@ class StagedUnfreezing(TrainerCallback):
         # added to the Trainer late; or `model_init`; or FSDP has renamed what it has wrapped
         if engine is None or engine.model is not model or not engine.union <= dict(model.named_parameters()).keys():
             engine = self._engine_for(model)
+        self._take_up(engine, state)
         # nothing has been frozen or unfrozen since the model was wrapped
         wrapper = self._wrapper()
         launch = trainer_launch(args, model, rebuilds=wrapper is not None and can_rebuild(wrapper))
@@ -171,6 +172,9 @@ class StagedUnfreezing(TrainerCallback):
 
     def _engine_for(self, model: nn.Module) -> StageEngine:
         return StageEngine(model, self.schedule.stages_for(model))
+
+    def _take_up(self, engine: StageEngine, state: TrainerState) -> None:
+        """Tells the engine of stages that a checkpoint knows more than the schedule: none, where it is all there is."""
 
     def _enter(self, state: TrainerState, model: nn.Module) -> None:
         assert self.engine is not None  # on_train_begin has made it

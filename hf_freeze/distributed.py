@@ -15,7 +15,7 @@ that is what ``find_unused_parameters=True`` does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed
 from accelerate.state import AcceleratorState
@@ -113,6 +113,15 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     """Returns the model that Accelerate, DDP or torch.compile has wrapped."""
     bare: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return bare
+
+
+def of_main_process(value: Any) -> Any:
+    """Returns what the main process has for a value, so that all decide alike. Call it on each process."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return value
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared)
+    return shared[0]
 
 
 def requiring_grad(model: nn.Module) -> frozenset[str]:

@@ -6,6 +6,7 @@ How data passes through:
     -> enter(step), before each step, freezes what is not due -> detach: the optimizer's own groups again
 
     a stage waits for a condition: consult, where something has been measured -> planned and regrouped anew
+    a policy decides on a further one: extend -> planned behind the others, regrouped anew
 
 The optimizer is built once, over all that will ever train. A parameter that is not yet due has no gradient, and costs
 nothing: no optimizer state, no decay. Adding groups in mid-run instead breaks the scheduler and every checkpoint.
@@ -24,21 +25,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .conditions import Plateau
-from .distributed import module_launch, require_supported, requiring_grad, unwrap_model, wrapping
+from .distributed import module_launch, of_main_process, require_supported, requiring_grad, unwrap_model, wrapping
 from .errors import ScheduleError
 from .freezing import freeze, unfreeze
 from .holding import hold_back, release
 from .layers import layer_map
-from .optim import Factor, Regrouping, carry_over, regroup, require_lambdas, require_steps, steps_at_once, unwrap
+from .optim import Regrouping, carry_over, regroup, require_lambdas, require_steps, steps_at_once, unwrap
 from .reducer import reduce_what_trains
 from .schedules import UnfreezeSchedule
+from .selectors import select
 from .sharding import read_anew
 from .stages import Stage
-from .timetable import PlannedStage, first_steps, plan, rehearse, trainable_sets
+from .timelines import Timeline, factor_of, heard_from, timelines
+from .timetable import PlannedStage, first_steps, following, plan, rehearse, trainable_sets
 
 _RUNNING: WeakKeyDictionary[nn.Module, StageEngine] = WeakKeyDictionary()
-
-Timeline = tuple[tuple[int, float, int], ...]  # (step, factor on the rate, warm-up steps) of one parameter
 
 
 class StageEngine:
@@ -47,6 +48,8 @@ class StageEngine:
     Args:
         model: The model.
         stages: The stages, for this model.
+        grows: Whether further stages may come while the run goes on, by `extend`. The union is then all that the first
+            stage unfreezes, whatever it freezes of it.
 
     Raises:
         ScheduleError: a stage in which nothing trains, or a rate of what it does not unfreeze.
@@ -64,7 +67,7 @@ class StageEngine:
         measured: What conditions hang on, in a loop that calls `report`.
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[Stage]) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], grows: bool = False) -> None:
         self.model = model
         self.stages = tuple(stages)
         self.planned: tuple[PlannedStage, ...] = ()
@@ -75,10 +78,15 @@ class StageEngine:
         self.measured: list[dict[str, Any]] = []
         self._run: _Run | None = None
         self._regrouping: Regrouping | None = None
-        stages_train = trainable_sets(layer_map(model), self.stages)
-        self.union = frozenset[str]().union(*stages_train)
-        self.changes = any(trains != self.union for trains in stages_train) or any(s.sample for s in self.stages)
-        self.rated = len(stages) > 1 or any(s.lr is not None or s.layer_decay != 1 or s.warmup for s in stages)
+        self._timelines: dict[str, Timeline] = {}
+        self._grows = grows
+        layers = layer_map(model)
+        stages_train = trainable_sets(layers, self.stages)
+        opening = select(layers, self.stages[0].unfreeze or "all") if grows else ()
+        self.union = frozenset(opening).union(*stages_train)
+        changes = any(trains != self.union for trains in stages_train) or any(s.sample for s in self.stages)
+        rated = len(stages) > 1 or any(s.lr is not None or s.layer_decay != 1 or s.warmup for s in stages)
+        self.changes, self.rated = grows or changes, grows or rated
 
     def prepare(self) -> None:
         """Freezes what no stage trains and unfreezes the union of what they do, for the optimizer to be built over."""
@@ -149,16 +157,63 @@ class StageEngine:
         """Plans the run as far as it is known, and splits the optimizer's groups by what is planned."""
         assert self._run is not None  # it is attached
         run = self._run
-        before = run.optimizer.param_groups[:] if self._regrouping is not None else []
-        if self._regrouping is not None:
-            self._regrouping.undo()
         self.planned = plan(self.model, self.stages, run.rates, run.total_steps, run.steps_per_epoch, history)
         self.awaited = self.stages[len(first_steps(self.stages, run.total_steps, run.steps_per_epoch, history)) :]
         self.current = None
+        self._timelines = timelines(self.planned, run.rates)
+        self._regroup()
+
+    def extend(self, stage: Stage) -> PlannedStage:
+        """Takes a further stage, as somebody decides while the run goes on: `enter` then enters it at its step.
+
+        It begins at the step that the run has come to, behind all others; the one at that same step it replaces.
+
+        Args:
+            stage: The stage, its start in steps, without a sample.
+
+        Raises:
+            ScheduleError: nothing trains in it, it unfreezes what the optimizer was not built over, it begins before
+                the last stage or behind the end, or the engine is not attached.
+            SelectorError: a selector that matches nothing.
+        """
+        if self._run is None:
+            raise ScheduleError(f"The stage at {stage.start!r} comes when no run goes on. Attach the engine first.")
+        run = self._run
+        step = stage.first_step(run.total_steps, run.steps_per_epoch)
+        before = [own for own in self.planned if own.step != step]
+        if not max((own.step for own in before), default=-1) < step < run.total_steps:
+            raise ScheduleError(
+                f"The stage at {stage.start!r} (step {step}) does not come between the last, at step "
+                f"{before[-1].step}, and the end at step {run.total_steps}."
+            )
+        planned = following(self.model, before[-1] if before else None, stage, step, run.rates)
+        if strange := sorted(planned.trainable - self.union):
+            raise ScheduleError(
+                f"{strange[0]!r} and {len(strange) - 1} more are to train from step {step} on, and the optimizer was "
+                f"not built over them. Unfreeze them before the run."
+            )
+        if len(before) == self.current:
+            self.current = None
+        self.stages, self.planned = (*self.stages[: len(before)], stage), (*before, planned)
+        for name, events in timelines([planned], run.rates).items():
+            self._timelines[name] = (*(own for own in self._timelines.get(name, ()) if own[0] != step), *events)
+        self._regroup()
+        return planned
+
+    def _regroup(self) -> None:
+        """Splits the optimizer's groups by what is planned, instead of as they were split before."""
+        assert self._run is not None  # it is attached
+        run = self._run
+        before = run.optimizer.param_groups[:] if self._regrouping is not None else []
+        if self._regrouping is not None:
+            self._regrouping.undo()
+        if self._grows:  # the same groups after a crash: what was decided before is planned anew there
+            now = run.scheduler.last_epoch // run.stride
+            self._timelines = {name: heard_from(own, now) for name, own in self._timelines.items()}
         parameters = dict(self.model.named_parameters())
-        timelines = {id(parameters[name]): own for name, own in _timelines(self.planned, run.rates).items()}
+        timeline_of = {id(parameters[name]): own for name, own in self._timelines.items()}
         self._regrouping = regroup(
-            run.optimizer, run.scheduler, lambda p: timelines.get(id(p), ()), lambda own: _factor(own, run.stride)
+            run.optimizer, run.scheduler, lambda p: timeline_of.get(id(p), ()), lambda own: factor_of(own, run.stride)
         )
         carry_over(before, run.optimizer.param_groups)
 
@@ -178,6 +233,11 @@ class StageEngine:
         if self.wrapper is not None:
             reduce_what_trains(self.wrapper)
         return stage
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """The optimizer's own peak rate of each parameter; none where the engine is not attached."""
+        return self._run.rates if self._run is not None else {}
 
     def strays(self) -> tuple[str, ...]:
         """Returns what something else has frozen or unfrozen since the stage that is on began."""
@@ -202,7 +262,7 @@ class StageEngine:
         if not self.awaited:
             return None
         watched = sorted({_metric(stage) for stage in self.awaited})
-        values = _of_main_process({metric: float(metrics[metric]) for metric in watched if metric in metrics})
+        values = of_main_process({metric: float(metrics[metric]) for metric in watched if metric in metrics})
         if not values:
             raise ScheduleError(
                 f"A stage waits for {watched[0]!r}, and {', '.join(metrics) or 'nothing'} was reported. "
@@ -314,32 +374,3 @@ class _Run:
 def _metric(stage: Stage) -> str:
     assert isinstance(stage.start, Plateau)
     return stage.start.metric
-
-
-def _of_main_process(value: Any) -> Any:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return value
-    shared = [value]
-    torch.distributed.broadcast_object_list(shared)
-    return shared[0]
-
-
-def _timelines(planned: Sequence[PlannedStage], own: Mapping[str, float]) -> dict[str, Timeline]:
-    """Returns for each parameter the events of its learning rate, each rate as a factor on the optimizer's own."""
-    timelines: dict[str, Timeline] = {}
-    for stage in planned:
-        for name, rate in stage.rates.items():
-            event = (stage.step, rate / own[name], stage.stage.warmup if name in stage.new else 0)
-            timelines[name] = (*timelines.get(name, ()), event)
-    return timelines
-
-
-def _factor(timeline: Timeline, stride: int) -> Factor:
-    """Returns the factor on the Trainer's learning rate at each step; the rate of what is not due matters to nobody."""
-
-    def factor(scheduler_step: int) -> float:
-        step = scheduler_step // stride
-        start, scale, warmup = next((event for event in reversed(timeline) if event[0] <= step), (0, 1.0, 0))
-        return scale * min(1.0, (step - start + 1) / warmup) if warmup else scale
-
-    return factor

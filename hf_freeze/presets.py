@@ -69,6 +69,15 @@ def _parts(layers: LayerMap, preset: str) -> _Parts:
     )
 
 
+def all_that_trains(layers: LayerMap, preset: str) -> str:
+    """Returns a selector of all that trains of a model, and of what an interrupted run has held back.
+
+    Raises:
+        ScheduleError: nothing does.
+    """
+    return ", ".join(_parts(layers, preset).everything)
+
+
 @dataclass(frozen=True)
 class _LayerByLayer:
     """What presets have in common that go through the layers one after another.
@@ -258,7 +267,7 @@ class Lisa:
         Raises:
             ScheduleError: nothing of the model trains, so that nothing is left to sample.
         """
-        return (self._stage(", ".join(_parts(layers, self.name).everything)),)
+        return (self._stage(all_that_trains(layers, self.name)),)
 
     def _stage(self, unfreeze: str) -> Stage:
         sample = Sample(self.layers, self.steps, self.seed)

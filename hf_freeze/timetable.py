@@ -88,6 +88,29 @@ def rehearse(
     return _laid_out(model, stages, [*steps, *range(total_steps, end)], rates, end)
 
 
+def following(
+    model: nn.Module, before: PlannedStage | None, stage: Stage, step: int, rates: Mapping[str, float]
+) -> PlannedStage:
+    """Puts one more stage behind those that are planned, from a step on.
+
+    Args:
+        model: The model.
+        before: The last planned stage; None where there is none.
+        stage: The stage, without a sample.
+        step: The optimizer step before which it begins.
+        rates: The optimizer's own rate of each parameter.
+
+    Raises:
+        ScheduleError: nothing trains in it, or it gives a rate to what it does not unfreeze.
+        SelectorError: a selector that matches nothing.
+    """
+    layers = layer_map(model)
+    _require_rated(layers, stage)
+    trained = before.trainable if before else frozenset()
+    now = _trainable_after(layers, trained, stage)
+    return PlannedStage(step, stage, now, now - trained, _rates(layers, stage, now, rates))
+
+
 def _laid_out(
     model: nn.Module, stages: Sequence[Stage], steps: Sequence[int], rates: Mapping[str, float], end: int
 ) -> tuple[PlannedStage, ...]:
@@ -116,30 +139,36 @@ def trainable_sets(layers: LayerMap, stages: Sequence[Stage]) -> list[frozenset[
         SelectorError: a selector that matches nothing.
     """
     for stage in stages:
-        named = set(select(layers, stage.unfreeze)) if stage.unfreeze is not None else set()
-        for selector in stage.lr if isinstance(stage.lr, Mapping) else ():
-            if named.isdisjoint(select(layers, selector)):
-                raise ScheduleError(
-                    f"lr: {selector!r} is nothing of what the stage at {stage.start!r} unfreezes, {stage.unfreeze!r}. "
-                    f"Unfreeze it there, or leave out its rate."
-                )
+        _require_rated(layers, stage)
     return _running_sets(layers, stages)
+
+
+def _require_rated(layers: LayerMap, stage: Stage) -> None:
+    named = set(select(layers, stage.unfreeze)) if stage.unfreeze is not None else set()
+    for selector in stage.lr if isinstance(stage.lr, Mapping) else ():
+        if named.isdisjoint(select(layers, selector)):
+            raise ScheduleError(
+                f"lr: {selector!r} is nothing of what the stage at {stage.start!r} unfreezes, {stage.unfreeze!r}. "
+                f"Unfreeze it there, or leave out its rate."
+            )
 
 
 def _running_sets(layers: LayerMap, stages: Sequence[Stage]) -> list[frozenset[str]]:
     found: list[frozenset[str]] = []
     for stage in stages:
-        now = found[-1] if found else frozenset()
-        if stage.unfreeze is not None:
-            now |= frozenset(select(layers, stage.unfreeze))
-        if stage.freeze is not None:
-            now -= frozenset(select(layers, stage.freeze))
-        if not now:
-            raise ScheduleError(
-                f"Nothing trains in the stage at {stage.start!r}. Unfreeze something, 'head' for instance."
-            )
-        found.append(now)
+        found.append(_trainable_after(layers, found[-1] if found else frozenset(), stage))
     return found
+
+
+def _trainable_after(layers: LayerMap, before: frozenset[str], stage: Stage) -> frozenset[str]:
+    now = before
+    if stage.unfreeze is not None:
+        now |= frozenset(select(layers, stage.unfreeze))
+    if stage.freeze is not None:
+        now -= frozenset(select(layers, stage.freeze))
+    if not now:
+        raise ScheduleError(f"Nothing trains in the stage at {stage.start!r}. Unfreeze something, 'head' for instance.")
+    return now
 
 
 def _draws(layers: LayerMap, stage: Stage, first: int, end: int) -> Iterator[tuple[int, Stage]]:

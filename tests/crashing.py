@@ -20,7 +20,14 @@ from peft import get_peft_model
 from training import make_trainer, optimizer_state, tiny_bert, weights
 from transformers import TrainerCallback
 
-from hf_freeze import BottleneckConfig, Stage, StagedUnfreezing, last_whole_checkpoint
+from hf_freeze import (
+    AdaptiveFreezing,
+    BottleneckConfig,
+    GradientNormFreezing,
+    Stage,
+    StagedUnfreezing,
+    last_whole_checkpoint,
+)
 
 STEPS = 30
 STAGES = [
@@ -29,6 +36,7 @@ STAGES = [
     Stage("5 epochs", "layers[0]", freeze="head"),
     Stage("80%", "embeddings, head", layer_decay=0.9),
 ]
+POLICIES = {"gradient_norm": lambda: GradientNormFreezing(every=2, window=3)}
 TIMINGS = ("runtime", "per_second")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}
 BEST = {
@@ -48,6 +56,7 @@ class Setting:
     processes: int = 1
     adapters: bool = False
     best: bool = False
+    policy: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,9 @@ def train(folder: Path, setting: Setting, rank: int, port: int, pipe: Any) -> No
     if setting.adapters:
         model = get_peft_model(model, BottleneckConfig(bottleneck_size=2))
         stages = [Stage(0, "head, adapters", lr=0.05), *STAGES[1:]]
+    schedule = AdaptiveFreezing(POLICIES[setting.policy]()) if setting.policy else StagedUnfreezing(stages)
     options = {**SAVING, **(BEST if setting.best else {})}
-    trainer = make_trainer(folder, StagedUnfreezing(stages), Tell(pipe), model=model, steps=STEPS, **options)
+    trainer = make_trainer(folder, schedule, Tell(pipe), model=model, steps=STEPS, **options)
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     torch.save(outcome(trainer), folder / f"{rank}.pt")
 

@@ -27,7 +27,16 @@ from torch.utils.data import DataLoader
 from training import Watch, losses, make_trainer, optimizer_state, rows, tiny_bert, weights
 from transformers import TrainerCallback, get_scheduler
 
-from hf_freeze import BottleneckConfig, Sample, Stage, StagedUnfreezing, UnfreezeSchedule
+from hf_freeze import (
+    AdaptiveFreezing,
+    BottleneckConfig,
+    Decision,
+    GradientNormFreezing,
+    Sample,
+    Stage,
+    StagedUnfreezing,
+    UnfreezeSchedule,
+)
 from hf_freeze.engine import attach_schedule
 from hf_freeze.errors import ScheduleError
 
@@ -41,6 +50,22 @@ STAGES = [
 ]
 ADAPTERS = [Stage(0, "head, adapters"), *STAGES[1:]]
 SAMPLED = [Stage(0, "all", sample=Sample(layers=1, steps=2))]
+
+
+class ByRank:
+    """A policy that decides otherwise in each process, as one that draws random numbers would."""
+
+    every, reads = 2, ("gradients", "weights")
+
+    def decide(self, stats):
+        return Decision("my rank", freeze=stats.layers[RANK].selector) if stats.step == 2 else Decision()
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
 
 EXACT = {"optim": "sgd", "max_grad_norm": 0.0}
 CHECKPOINTING = {**EXACT, "activation_checkpointing": True}
@@ -63,6 +88,10 @@ EQUAL: dict[str, dict[str, Any]] = {
     "trained twice": {**EXACT, "runs": 2},
     "adapters": {**EXACT, "stages": ADAPTERS},
     "sampled": {**EXACT, "stages": SAMPLED},
+    "policy": {**EXACT, "policy": lambda: GradientNormFreezing(every=1, window=1, percentile=99)},
+    "policies that disagree": {**EXACT, **ACCUMULATED, "policy": ByRank},
+    "policies that disagree, adapters": {**EXACT, "stages": ADAPTERS, "policy": ByRank},
+    "policies that disagree, sharded": {**EXACT, **SHARDED, "policy": ByRank},
     # in single precision AdamW makes steps of gradients that are nothing but rounding
     "adamw": {"double": True},
     "one stage": {**EXACT, "stages": [Stage(0, "all")], "one_reducer": True, **USED_ONLY},
@@ -254,7 +283,9 @@ def train(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
     resume, at = options.pop("resume", None), options.pop("at", None)
     model = make_model(stages, options.pop("dropout", False), options.pop("double", False))
     accumulation = options.pop("gradient_accumulation_steps", 1) if WORLD > 1 else 1
-    callback, watch, kill = StagedUnfreezing(stages), Watch(), KillAt(options.pop("kill_at", None))
+    policy = options.pop("policy", None)
+    callback = AdaptiveFreezing(policy()) if policy else StagedUnfreezing(stages)
+    watch, kill = Watch(), KillAt(options.pop("kill_at", None))
     if late:
         model.classifier.requires_grad_(False)
     if options.pop("naive", False):

@@ -25,9 +25,9 @@ INPUTS = {"input_ids": torch.arange(1, 9).view(2, 4), "labels": torch.tensor([0,
 class Loop:
     """A training loop of one's own around an engine."""
 
-    def __init__(self, *stages: Stage, schedule: str = "constant") -> None:
+    def __init__(self, *stages: Stage, schedule: str = "constant", grows: bool = False) -> None:
         self.model = tiny_bert()
-        self.engine = StageEngine(self.model, stages)
+        self.engine = StageEngine(self.model, stages, grows)
         self.engine.prepare()
         trains = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trains, lr=RATE, weight_decay=0.1)
@@ -54,6 +54,43 @@ TOP, HEAD = "bert.encoder.layer.2.output.dense.weight", "classifier.weight"
 
 
 # What trains
+
+
+def test_stages_that_come_as_a_run_goes_on_train_as_those_that_were_there_before():
+    stages = [
+        Stage(0, "all"),
+        Stage("1 steps", freeze="embeddings"),
+        Stage("3 steps", "layers[0], embeddings", freeze="layers[1]", lr={"layers[0]": 0.02}, warmup=3),
+        Stage("4 steps", "layers[1]", lr=0.5),
+    ]
+    known, growing = Loop(*stages, schedule="linear"), Loop(stages[0], schedule="linear", grows=True)
+    coming = {int(stage.start.split()[0]): stage for stage in stages[1:]}
+    for at in range(STEPS):
+        if at in coming:
+            growing.engine.extend(coming[at])
+        assert {n: growing.rate(n) for n in known.engine.union} == {n: known.rate(n) for n in known.engine.union}
+        torch.manual_seed(at)  # of dropout
+        moved = growing.step(at)
+        torch.manual_seed(at)
+        assert moved == known.step(at)
+    assert differing(weights(known.model), weights(growing.model)) == []
+    assert growing.engine.stages == tuple(stages)
+
+
+def test_a_stage_at_the_step_of_the_last_takes_its_place():
+    loop = Loop(Stage(0, "all"), grows=True)
+    loop.engine.enter(0)
+    loop.engine.extend(Stage("0 steps", "all", freeze="embeddings"))
+    assert loop.step(0) == names_in(loop.model, "") - names_in(loop.model, "bert.embeddings")
+    assert [planned.step for planned in loop.engine.planned] == [0] == [len(loop.engine.stages) - 1]
+
+
+def test_what_the_first_stage_freezes_may_train_later_where_stages_grow():
+    loop = Loop(Stage(0, "layers, head", freeze="layers[0]"), grows=True)
+    loop.engine.extend(Stage("2 steps", "layers[0]"))
+    moved = [loop.step(at) for at in range(3)]
+    assert moved[2] == names_in(loop.model, "bert.encoder", "classifier")
+    assert moved[0] == moved[1] == moved[2] - names_in(loop.model, "bert.encoder.layer.0.")
 
 
 def test_at_each_step_exactly_what_is_due_moves():

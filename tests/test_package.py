@@ -38,6 +38,7 @@ def test_a_public_name_has_type_hints(name):
     value = getattr(hf_freeze, name)
     own = vars(value).items() if inspect.isclass(value) else [(name, value)]
     functions = [f for n, f in own if inspect.isfunction(f) and (n == "__init__" or not n.startswith("_"))]
+    functions = [f for f in functions if f.__module__ != "typing"]  # a protocol gets an __init__ from there
 
     for function in functions:
         signature = inspect.signature(function)

@@ -1,0 +1,8 @@
+"""Deciding what to freeze while a run goes on: one protocol, a file for each, and the callback that asks."""
+
+from .callback import AdaptiveFreezing as AdaptiveFreezing
+from .gradient_norm import GradientNormFreezing as GradientNormFreezing
+from .protocol import Decision as Decision
+from .protocol import FreezePolicy as FreezePolicy
+from .protocol import LayerStats as LayerStats
+from .protocol import Part as Part
