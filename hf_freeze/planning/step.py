@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ..errors import PlanError
 from ..inputs import example_inputs
 from ..layers import layer_map
+from .unloaded import RealMasks
 
 REST = "rest"  # what no segment holds: masks, the loss
 
@@ -91,7 +92,7 @@ def training_inputs(model: nn.Module, batch_size: int, length: int) -> dict[str,
         )
     for labels in _candidates(model, inputs, batch_size):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), RealMasks():
                 loss = getattr(model(**inputs, **labels), "loss", None)
         except Exception:  # labels of the wrong shape or kind: what a model raises then has no common base
             continue
@@ -128,7 +129,7 @@ def follow(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
     model.zero_grad()
     with ledger.hooks():
         try:
-            with ledger.counter:
+            with ledger.counter, RealMasks():
                 with saved_tensors_hooks(ledger.keep, lambda kept: kept):
                     loss = _loss(model(**inputs))
                 if loss is None:
@@ -143,8 +144,8 @@ def follow(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
         except Exception as error:  # a model's own code: what it raises without numbers has no common base
             reason = " ".join(str(error).split())[:80] or type(error).__name__
             raise PlanError(
-                f"A step of {type(model).__name__} can't be followed without numbers: {reason}. Plan a model whose "
-                f"shapes do not hang on values."
+                f"A step of {type(model).__name__} can't be followed without numbers: {reason}. If its shapes hang on "
+                f"values, plan another class of it; if on kernels, try dtype='bfloat16'."
             ) from error
     learning = frozenset(name for name, own in model.named_parameters() if own.grad is not None)
     model.zero_grad()
@@ -175,10 +176,18 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-_CPU_ATTENTION = {  # not in the counter's own table (torch 2.13)
+def _experts(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Counts the products of a mixture of experts; each row is multiplied with the matrix of one of them."""
+    groups = left[0] if len(left) == len(right) == 3 else 1
+    return 2 * groups * left[-2] * left[-1] * right[-1]
+
+
+_FORMULAS = {  # of what is not in the counter's own table (torch 2.13)
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+if hasattr(torch.ops.aten, "_grouped_mm"):  # since torch 2.8
+    _FORMULAS[torch.ops.aten._grouped_mm] = _experts
 
 
 @dataclass
@@ -191,7 +200,7 @@ class _Ledger:
 
     model: nn.Module
     counter: FlopCounterMode = field(
-        default_factory=lambda: FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+        default_factory=lambda: FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     )
     states: dict[str, torch.Size] = field(default_factory=dict)
 

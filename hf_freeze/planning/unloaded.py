@@ -18,11 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data import check_model
 from ..distributed import unwrap_model
 from ..errors import DataError, PlanError, nearest
+
+_INDEXING = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,6 +78,27 @@ def with_fake_tensors(model: nn.Module) -> nn.Module:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
     return _copied(model, fake)
+
+
+class RealMasks(TorchDispatchMode):
+    """Lets fake tensors be indexed by masks that are real: what a mask of the inputs picks is known.
+
+    torch would make the mask fake, and then not know how many it picks (2.13): of what stands at the end of a row in
+    BART's classifier, or of what is masked in speech.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Puts positions in the place of masks."""
+        if func in _INDEXING and isinstance(args[0], FakeTensor):
+            args = (args[0], [own for index in args[1] for own in _positions(index)], *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _positions(index: Tensor | None) -> list[Tensor | None]:
+    """Returns what a real mask picks along each of its dimensions, or any other index as it is."""
+    if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return [index]
+    return [*index.nonzero(as_tuple=True)]
 
 
 def _copied(model: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -10,6 +11,7 @@ from hf_freeze.errors import PlanError
 from hf_freeze.planning.step import REST, follow, training_inputs
 from hf_freeze.planning.unloaded import on_meta, with_fake_tensors
 from tests.planning.models import TINY, tiny
+from tests.tiny import tiny_config
 
 ROWS, TOKENS, WIDTH, INNER = 2, 8, 16, 64
 
@@ -78,6 +80,23 @@ def test_without_numbers_a_step_is_what_it_is_with_them(name):
     inputs = training_inputs(model, ROWS, TOKENS)
     real, fake = follow(model, inputs), follow(with_fake_tensors(on_meta(model)), inputs)
     assert fake == real
+
+
+def test_a_mask_of_the_inputs_is_known_without_numbers():
+    model = transformers.BartForSequenceClassification(tiny_config("bart")).train()  # reads where a row ends
+    inputs = training_inputs(model, ROWS, TOKENS)
+    assert follow(with_fake_tensors(on_meta(model)), inputs) == follow(model, inputs)
+
+
+def test_a_mixture_of_experts_by_hand():
+    config = tiny_config("mixtral")
+    model = transformers.MixtralForCausalLM(config).to(torch.bfloat16).train()
+    layer = follow(with_fake_tensors(model), training_inputs(model, ROWS, TOKENS)).segments["layers[1]"]
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    rows, shared = ROWS * TOKENS, config.num_key_value_heads * config.head_dim
+    attention = 2 * rows * (width * (heads + 2 * shared) + heads * width) + 2 * 2 * rows * TOKENS * heads
+    experts = 2 * rows * config.num_experts_per_tok * 3 * width * config.intermediate_size  # gate and up, down
+    assert layer.forward == attention + experts + 2 * rows * width * config.num_local_experts  # the router
 
 
 @pytest.mark.parametrize("name", TINY)
