@@ -24,7 +24,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,10 @@ class Contender:
 CONTENDERS = {
     "full fine-tuning": Contender("full", 3, (1e-4, 2e-4, 4e-4)),
     "4 of 6 layers frozen by hand": Contender("by_hand", 3, (2e-4, 4e-4, 8e-4)),
-    "adapters 1.3.0": Contender("adapter_library", 6, (1e-3, 2e-3, 4e-3), ADAPTERS),
-    "LoRA r=8 (PEFT)": Contender("lora", 6, (1e-3, 2e-3, 4e-3)),
+    "adapters 1.3.0": Contender("adapter_library", 6, (3e-4, 1e-3, 3e-3), ADAPTERS),
+    "LoRA r=8 (PEFT)": Contender("lora", 6, (3e-4, 1e-3, 3e-3)),
     "Lightning BackboneFinetuning": Contender("lightning", 4, (5e-4, 1e-3, 2e-3), LIGHTNING),
-    "hf_freeze, adapters": Contender("our_adapters", 6, (1e-3, 2e-3, 4e-3)),
+    "hf_freeze, adapters": Contender("our_adapters", 6, (3e-4, 1e-3, 3e-3)),
     "hf_freeze, staged": Contender("staged", 3, (2e-4, 4e-4, 8e-4)),
     "hf_freeze, staged + cache": Contender("staged_cached", 3),
 }
@@ -79,7 +79,7 @@ class Size:
     length: int
 
 
-FULL_SIZE, QUICK_SIZE = Size(320, 200, 400, 128), Size(48, 32, 32, 24)
+FULL_SIZE, QUICK_SIZE = Size(320, 200, 400, 64), Size(48, 32, 32, 24)
 
 
 def main() -> None:
@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="Seeds of head, dropout and shuffling.")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="Threads of torch.")
+    parser.add_argument("--tokens", type=int, default=FULL_SIZE.length, help="Of each text.")
     parser.add_argument("--cache", type=Path, default=Path("outputs/benchmarks"), help="Where files go.")
     parser.add_argument("--quick", action="store_true", help="A few short texts, two epochs, one rate, one seed.")
     parser.add_argument("--redraw", action="store_true", help="Write the page from the results that were kept.")
@@ -101,7 +102,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path, file: Path) -> None:
     """Tries the rates, runs each contender under each seed, and keeps the results."""
     seeds = range(1 if options.quick else options.seeds)
-    size = QUICK_SIZE if options.quick else FULL_SIZE
+    size = QUICK_SIZE if options.quick else replace(FULL_SIZE, length=options.tokens)
     prepare(folder, size, seeds)
     pythons = environments(options.cache)
     trials = try_rates(pythons, folder, options.threads, options.quick)
