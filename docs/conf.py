@@ -18,7 +18,7 @@ autodoc_typehints_description_target = "documented"
 default_role = "code"
 
 PAGES = (
-    "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "audit", "report",
+    "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "plan", "audit", "report",
     "command-line", "architectures", "demo", "benchmarks", "api",
 )  # fmt: skip
 

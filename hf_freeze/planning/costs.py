@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..cache.codecs import STORED, encoded_bytes, require_dtype
 from ..errors import PlanError
 from ..rendering import as_html, as_text
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)", re.IGNORECASE)
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-_SCALE_BYTES = 4  # int8 keeps a scale for each token
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,13 @@ class CacheCosts:
     def token_bytes(self, dtype: str = "float32") -> int:
         """Returns the bytes of a token's hidden states; in int8 with a scale for each token.
 
+        Raises:
+            CacheError: a dtype that a cache does not hold.
+
         >>> CacheCosts("embeddings, layers[0]", tokens=128, width=384).token_bytes("int8")
         388
         """
-        if dtype not in _ITEM_BYTES:
-            raise PlanError(f"dtype={dtype!r}: a cache holds {', '.join(_ITEM_BYTES)}.")
-        return self.width * _ITEM_BYTES[dtype] + (_SCALE_BYTES if dtype == "int8" else 0)
+        return encoded_bytes((1, self.width), require_dtype(dtype, STORED, "dtype"))
 
     def row_bytes(self, dtype: str = "float32") -> int:
         """Returns the bytes of a row."""
@@ -164,8 +164,8 @@ class Plan:
         for stage, own in zip(plain["stages"], self.stages, strict=True):
             stage["costs"] = own.costs.to_dict()
         if self.cache:
-            plain["cache"]["token_bytes"] = {dtype: self.cache.token_bytes(dtype) for dtype in _ITEM_BYTES}
-            plain["cache"]["row_bytes"] = {dtype: self.cache.row_bytes(dtype) for dtype in _ITEM_BYTES}
+            plain["cache"]["token_bytes"] = {dtype: self.cache.token_bytes(dtype) for dtype in STORED}
+            plain["cache"]["row_bytes"] = {dtype: self.cache.row_bytes(dtype) for dtype in STORED}
         return plain
 
     def __rich__(self) -> Group:

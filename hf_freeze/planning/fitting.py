@@ -122,9 +122,10 @@ def fits(
 
     Example:
         >>> from transformers import BertConfig
-        >>> found = fits(BertConfig(num_hidden_layers=4, hidden_size=96, intermediate_size=384, vocab_size=999), "12MB")
+        >>> config = BertConfig(num_hidden_layers=4, hidden_size=96, intermediate_size=384, vocab_size=999)
+        >>> found = fits(config, "8MB", batch_size=1, length=32)
         >>> found.name, found.freeze, found.next_name
-        ('layers[2:]', 'embeddings, layers[:2]', 'layers[1:]')
+        ('layers[1:]', 'embeddings, layers[:1]', 'full fine-tuning')
     """
     room = read_size(memory)
     setting = prepared(model, batch_size, length, optimizer, dtype, Recipe())

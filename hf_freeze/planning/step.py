@@ -199,9 +199,7 @@ class _Ledger:
     """
 
     model: nn.Module
-    counter: FlopCounterMode = field(
-        default_factory=lambda: FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    )
+    counter: FlopCounterMode = field(default_factory=lambda: FlopCounterMode(display=False, custom_mapping=_FORMULAS))
     states: dict[str, torch.Size] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

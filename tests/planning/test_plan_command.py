@@ -56,7 +56,9 @@ def test_stages_from_a_preset_and_from_a_file(hf_freeze, folder, tmp_path):
 
 def test_a_recipe_by_its_name_and_the_options_before_it(hf_freeze, folder):
     told = json.loads(hf_freeze(folder, "--recipe", "head-only", "--batch-size", 5, "--json")[1])
-    assert (told["trains"], told["batch_size"], told["length"]) == ("head", 5, Recipe.load("head-only").max_length)
+    recipe = Recipe.load("head-only")
+    assert (told["batch_size"], told["length"]) == (5, recipe.max_length)
+    assert told["trains"] == plan(folder, recipe=recipe).trains != plan(folder).trains
 
 
 def test_what_fits(hf_freeze, folder):
