@@ -19,7 +19,7 @@ default_role = "code"
 
 PAGES = (
     "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "plan", "audit", "report",
-    "command-line", "architectures", "demo", "benchmarks", "api",
+    "recipes", "command-line", "architectures", "demo", "benchmarks", "api",
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .auditing import AuditCallback as AuditCallback
     from .auditing import AuditReport as AuditReport
     from .auditing import Finding as Finding
-    from .auditing import audit as audit
+    from .auditing.audit import audit as audit
     from .cache import PrefixCache as PrefixCache
     from .callbacks import StagedUnfreezing as StagedUnfreezing
     from .certify import CertifyCallback as CertifyCallback

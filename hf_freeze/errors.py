@@ -54,10 +54,6 @@ class RecipeError(FreezeError):
     """A recipe that can't be read, or a field of it with a value that can't be used."""
 
 
-class FederatedError(FreezeError):
-    """What can't be sent to or taken from the other side of a federation."""
-
-
 class DataError(FreezeError):
     """A data set, a model folder or an output folder that can't be used."""
 

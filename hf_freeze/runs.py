@@ -245,7 +245,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         missing = {"name", "base_model", "labels", "files"} - set(record)
-        if not missing and any(Path(name).name != name or name == ".." for name in record["files"]):  # they may be removed
+        if not missing and any(Path(name).name != name or name == ".." for name in record["files"]):
             raise ValueError("its files lie elsewhere")
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{str(folder)!r} holds no run of hf_freeze ({error}). Name a folder of `train`.") from error

@@ -81,16 +81,20 @@ def command_lines() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), command_lines())
 def test_a_command_line_on_a_page_is_understood(page, line):
-    command, *arguments = shlex.split(line, comments=True)[1:]
-    if command != "--help":
-        assert COMMANDS[command].make_context(command, arguments).params  # reads the arguments, and runs nothing
+    command, *arguments = shlex.split(re.split(r" [<>|] ", line)[0], comments=True)[1:]
+    if not command.startswith("--"):
+        found = COMMANDS[command]
+        while hasattr(found, "commands"):  # a group, as `recipe`
+            found = found.commands[arguments.pop(0)]
+        assert found.make_context(command, arguments).params  # reads the arguments, and runs nothing
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_page_on_the_command_line_has_every_option(command):
     text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     section = re.search(rf"^## `hf-freeze {command}.*?(?=^## |\Z)", text, re.M | re.S).group()
-    options = {option for parameter in COMMANDS[command].params for option in parameter.opts if option[:2] == "--"}
+    leaves = getattr(COMMANDS[command], "commands", {command: COMMANDS[command]}).values()
+    options = {option for leaf in leaves for own in leaf.params for option in own.opts if option[:2] == "--"}
     described = set(re.findall(r"^\| `(--[a-z-]+)", section, re.M))
     assert described == options - {"--help"}
 

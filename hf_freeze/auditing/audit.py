@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..callbacks import wrong_loss_factor
+from ..distributed import unwrap_model
 from ..errors import AuditError, nearest
 from .codes import CODES, SYMPTOMS, Symptom
 from .evidence import Evidence, gather
@@ -70,7 +71,7 @@ def audit(
     """
     if symptom is not None and symptom not in SYMPTOMS:
         raise AuditError(f"{symptom!r} is no symptom.{nearest(str(symptom), SYMPTOMS)} Write {', '.join(SYMPTOMS)}.")
-    seen = gather(model, optimizer, loss_factor=wrong_loss_factor(args, model) if args else 1)
+    seen = gather(model, optimizer, loss_factor=wrong_loss_factor(args, unwrap_model(model)) if args else 1)
     if symptom in ("memory", "accuracy"):
         seen = _measured(seen, symptom, batch)
     return report_of(seen, symptom)

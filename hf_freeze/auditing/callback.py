@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..callbacks import wrong_loss_factor
+from ..distributed import unwrap_model
 from ..errors import AuditError
 from ..writing import write_json
 from .audit import report_of
@@ -71,7 +72,7 @@ class AuditCallback(TrainerCallback):
         """Audits, if the step is one of those to be audited."""
         if self._aside or not state.is_world_process_zero or not self._is_due(state, kwargs["model"]):
             return
-        model = kwargs["model"]
+        model = unwrap_model(kwargs["model"])
         try:
             if args.deepspeed:
                 raise AuditError("DeepSpeed keeps the gradients of its own partitions.")

@@ -277,7 +277,7 @@ def _state_size(state: Mapping[str, Any]) -> int:
 
 
 def _rate(group: Mapping[str, Any]) -> float | None:
-    return None if group["lr"] is None else float(group["lr"])  # Adafactor finds its own
+    return None if group.get("lr") is None else float(group["lr"])  # Adafactor finds its own
 
 
 def _peak(group: Mapping[str, Any]) -> float | None:

@@ -176,8 +176,8 @@ _ALL = (
         "HF020",
         "warning",
         "the graph is kept through frozen layers",
-        "Call model.disable_input_require_grads(); with activation checkpointing set use_reentrant=False first, since "
-        "the other kind needs it.",
+        "Call model.disable_input_require_grads(); for a Trainer with activation checkpointing, which forces them when "
+        "it begins, in a callback's on_train_begin, with use_reentrant=False.",
         ("memory",),
     ),
     Code(

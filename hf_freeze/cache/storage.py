@@ -222,11 +222,11 @@ class Store:
         for number in range(len(list(folder.glob("chunk-*.bin")))):
             self._chunks.append(self.room.mapped(_map(folder / f"chunk-{number}.bin")))
         end = 0
-        for key, place, *sums in _records(folder / INDEX):
+        for key, place, in_record, of_row in _records(folder / INDEX):
             size = encoded_bytes(place.shape, self.dtype)
             if place.chunk >= len(self._chunks) or place.offset + size > self._chunks[place.chunk].numel():
                 raise CacheError(f"'{folder / f'chunk-{place.chunk}.bin'}' is cut off")
-            self.places[key], self._unread[key] = place, (sums[0], sums[1])
+            self.places[key], self._unread[key] = place, (in_record, of_row)
             if place.chunk == len(self._chunks) - 1:
                 end = max(end, place.offset + -(-size // ALIGN) * ALIGN)
         if self._chunks:

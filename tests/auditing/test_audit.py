@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 from hf_freeze import AuditReport, BottleneckConfig, Finding, audit, freeze
 from hf_freeze.auditing.codes import CODES
@@ -88,6 +89,13 @@ def test_wrapped_models_are_audited_as_what_they_wrap(bert, one_process_group):
 
     assert report.model_class == type(adapted).__name__
     assert report.codes == ("HF005",)  # the base was frozen before, and PEFT was not told of the head
+
+
+def test_a_wrongly_scaled_loss_is_found_in_a_wrapped_model_too(bert, one_process_group):
+    args = TrainingArguments("unused", gradient_accumulation_steps=4, report_to=[], use_cpu=True)
+    wrapped = backward(DistributedDataParallel(bert))
+
+    assert audit(wrapped, args=args).codes == ("HF015",)
 
 
 # The report.

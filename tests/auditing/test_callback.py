@@ -124,6 +124,20 @@ def test_each_finding_is_told_once(bert, tmp_path):
     assert [each["code"] for each in read(tmp_path)["findings"]] == ["HF015"]
 
 
+class LetFrozenBe(TrainerCallback):
+    """The mend of HF020 that the manual gives."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model.disable_input_require_grads()
+
+
+@pytest.mark.parametrize(("others", "codes"), [([], ["HF020"]), ([LetFrozenBe()], [])])
+def test_activation_checkpointing_forces_gradients_through_what_is_frozen(bert, tmp_path, others, codes):
+    told = trained(tmp_path, AuditCallback(), model=bert, others=others, activation_checkpointing=True)
+
+    assert [text[:5] for text in told] == codes
+
+
 def test_a_rate_that_has_ended_before_the_run_is_told(bert, tmp_path):
     optimizer = torch.optim.AdamW([p for p in bert.parameters() if p.requires_grad], lr=1e-3)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=2)

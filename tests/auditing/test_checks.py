@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,6 +303,14 @@ def test_a_finding_is_provoked_and_names_what_it_is_about(code, make, names):
 
 def test_each_code_is_provoked():
     assert {code for code, _, _ in PROVOKED} == set(CODES)
+
+
+def test_each_code_has_a_section_in_the_manual():
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
+
+    assert re.findall(r"^### (HF\d+)\n\n\*\*(\w+): ", page, re.M) == [
+        (code, CODES[code].severity.capitalize()) for code in CODES
+    ]
 
 
 def test_a_sound_run_gives_no_finding():
