@@ -43,7 +43,7 @@ class PrefixCache(TrainerCallback):
     only that is kept. A few rows are tried first: a model whose outputs would be others is left alone, with a warning.
 
     In fp32 on the CPU, losses and weights are those of the run without it, bit for bit, where torch rounds alike at any
-    padding: with eager attention, or padded to a multiple of 8 (``pad_to_multiple_of=8``). See the manual.
+    padding: with eager attention, or padded to a multiple of 16 (``pad_to_multiple_of=16``). See the manual.
 
     Args:
         model: The model, for use as a context manager; a Trainer brings its own.

@@ -31,8 +31,8 @@ from .trial import examine
 
 FORMAT = 1  # of the files
 # The length that rows are cut to: torch 2.13 on the CPU then rounds alike at any length. Attention that is fused does
-# so at multiples of 8; below 16 tokens other kernels multiply, in eager attention too.
-MULTIPLE, LEAST = 8, 16
+# so at multiples of its vectors' 16 floats, and at 24, 40 and 56 it does not; below 16 other kernels multiply.
+MULTIPLE = 16
 _DECODING = ("past_key_values", "encoder_hidden_states", "cache_params")
 _RECORDING = ("output_hidden_states", "output_attentions")
 _CHANGED = "Frozen weights have been changed: what was cached of them is dropped."
@@ -293,7 +293,7 @@ class Server:
     def _part(self, inputs: dict[str, Any], rows: list[Row], chosen: list[int], layout: Layout) -> dict[str, Any]:
         """Returns the inputs of some rows, with most of the padding that they have in common cut."""
         picked = pick(inputs, chosen)
-        length = max(LEAST, -(-max(row.end for row in rows) // MULTIPLE) * MULTIPLE)
+        length = -(-max(row.end for row in rows) // MULTIPLE) * MULTIPLE
         shorter = cut(picked, length) if layout.by_tokens else None
         return picked if shorter is None else shorter
 
