@@ -22,6 +22,7 @@ def demo(
     from rich.console import Console
 
     from ..data import check_output_dir, load_corpus
+    from ..report.recording import RunRecorder
     from ..runs import fine_tune
     from .demo_methods import LIMIT, MAX_LENGTH, SETTINGS, STAGED, method, verdict
     from .progress import ProgressBar
@@ -38,7 +39,7 @@ def demo(
     outcomes = []
     for recipe in (method(name, seed) for name in SETTINGS):
         typer.echo(f"\n{recipe.name}: {recipe.epochs:g} epochs, peak learning rate {recipe.lr:g}")
-        outcomes.append(fine_tune(recipe, corpus, [ProgressBar(recipe.name)]))
+        outcomes.append(fine_tune(recipe, corpus, [ProgressBar(recipe.name), RunRecorder()]))
     typer.echo()
     Console().print(outcome_table(outcomes, title=f"BBC News, test split, seed {seed}"))
     typer.echo(verdict(outcomes) + "\n")

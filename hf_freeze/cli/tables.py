@@ -66,13 +66,15 @@ def only_json(asked: bool) -> Iterator[None]:
 
 
 def keep(outcome: Outcome, output: Path, corpus: TextCorpus) -> None:
-    """Saves a run, loads it back, compares what both say of the test split, and prints three predictions.
+    """Saves a run, loads it back, compares what both say of the test split, prints three predictions, and draws it.
 
     Raises:
         RuntimeError: the model that was loaded back is not the one that was saved.
     """
     import numpy as np
 
+    from ..report.html import write_report
+    from ..report.lines import RECORD_FILE
     from ..runs import load, logits_of, predict, save
 
     recipe = outcome.recipe
@@ -88,6 +90,8 @@ def keep(outcome: Outcome, output: Path, corpus: TextCorpus) -> None:
     texts = _three_texts(corpus)
     for text, (label, share) in zip(texts, predict(restored, tokenizer, texts, recipe.max_length), strict=True):
         typer.echo(f"  {label} ({share:.0%}): {_shortened(text)}")
+    if RECORD_FILE in outcome.records:
+        typer.echo(f"What trained when, in pictures: {write_report(output)}")
 
 
 def _three_texts(corpus: TextCorpus) -> list[str]:

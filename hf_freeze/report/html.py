@@ -65,7 +65,8 @@ def write_report(output_dir: str | Path, path: str | Path | None = None) -> Path
     Example:
         >>> write_report("outputs/nothing")
         Traceback (most recent call last):
-        hf_freeze.errors.DataError: 'outputs/nothing' is no folder. Name the output_dir of a Trainer, ...
+        hf_freeze.errors.DataError: 'outputs/nothing' is no folder. Name the output_dir of a Trainer, or an output of
+        hf-freeze.
     """
     record = read_run(output_dir)
     target = Path(path) if path is not None else Path(output_dir) / REPORT_FILE

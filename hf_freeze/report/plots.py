@@ -125,7 +125,8 @@ def plot_run(output_dir: str | Path, save: str | Path | None = None, dark: bool 
     Example:
         >>> plot_run("outputs/nothing")
         Traceback (most recent call last):
-        hf_freeze.errors.DataError: 'outputs/nothing' is no folder. Name the output_dir of a Trainer, ...
+        hf_freeze.errors.DataError: 'outputs/nothing' is no folder. Name the output_dir of a Trainer, or an output of
+        hf-freeze.
     """
     record = read_run(output_dir)
     pictures = pictures_of(record)
