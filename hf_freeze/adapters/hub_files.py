@@ -11,18 +11,17 @@ everything but tensors in plain containers. What is written is safetensors and J
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..errors import AdapterError
+from ..writing import replacing
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,12 +93,8 @@ def write_files(folder: Path, files: Mapping[str, Mapping[str, Any]], remove: Co
             data = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in content.items()})
         else:
             data = json.dumps(content, indent=2, sort_keys=True).encode()
-        temporary = folder / f".{name}.{uuid4().hex}"
-        try:
+        with replacing(folder / name) as temporary:
             temporary.write_bytes(data)
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
     for name in set(remove) - set(files):
         (folder / name).unlink(missing_ok=True)
 

@@ -23,8 +23,8 @@ from typing import Any
 import hf_freeze
 
 from ..errors import DataError
+from ..writing import replacing
 from .curves import time_text
-from .files import replacing
 from .plots import NARROW, WIDE, Picture, figure_of, pictures_of, require_matplotlib
 from .reading import RecordedStage, RunRecord, outline, read_run
 from .themes import PAGE

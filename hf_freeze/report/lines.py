@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .files import replacing
+from ..writing import replacing
 
 RECORD_FILE = "record.jsonl"
 

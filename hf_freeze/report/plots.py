@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
-from .files import replacing
+from ..writing import replacing
 from .reading import RunRecord, read_run
 from .themes import DARK, LIGHT, Theme
 
