@@ -90,11 +90,10 @@ def module_launch(model: nn.Module) -> Launch:
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if isinstance(model, nn.DataParallel):
         return Launch(devices=max(2, len(model.device_ids)))
-    for base in type(model).__mro__:
-        if base.__name__ in _WRAPPERS:
-            launch = Launch(_WRAPPERS[base.__name__], original=getattr(model, "_use_orig_params", True))
-            _require_original(launch)  # at once: what is flattened has no layers any more that a stage could name
-            return launch
+    if (kind := _wrapper_kind(model)) is not None:
+        launch = Launch(kind, original=getattr(model, "_use_orig_params", True))
+        _require_original(launch)  # at once: what is flattened has no layers any more that a stage could name
+        return launch
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ScheduleError(
             f"{type(model).__name__} is not wrapped, on {torch.distributed.get_world_size()} processes. "
@@ -211,8 +210,11 @@ def _require_ddp(launch: Launch) -> None:
 
 def spread_over(model: nn.Module) -> str | None:
     """Returns by what the parameters of a bare model lie in shards, or None where each process holds them whole."""
-    for module in model.modules():
-        for base in type(module).__mro__:
-            if base.__name__ in _WRAPPERS:
-                return _WRAPPERS[base.__name__]
+    if kinds := [kind for kind in map(_wrapper_kind, model.modules()) if kind is not None]:
+        return kinds[0]
     return DEEPSPEED if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
+
+
+def _wrapper_kind(module: nn.Module) -> str | None:
+    """Returns what has wrapped a module, told by its class or one that it inherits from; None where nothing has."""
+    return next((_WRAPPERS[base.__name__] for base in type(module).__mro__ if base.__name__ in _WRAPPERS), None)

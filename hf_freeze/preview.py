@@ -16,7 +16,7 @@ from torch import nn
 
 from .conditions import Plateau
 from .layers import LayerMap, layer_map
-from .rendering import as_html, as_text
+from .rendering import printed
 from .timetable import PlannedStage
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class PreviewRow:
         return 0 if self.first is None or self.last is None else self.last + 1 - self.first
 
 
+@printed
 @dataclass(frozen=True, repr=False)
 class Preview:
     """What trains when in a run, stage by stage. Prints as a table."""
@@ -94,15 +95,6 @@ class Preview:
         if len(self.rows) > SHOWN:
             table.add_row("...", "", f"and {len(self.rows) - SHOWN:,} stages more")
         return table
-
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
 
 def preview(model: nn.Module, planned: Sequence[PlannedStage], total_steps: int) -> Preview:

@@ -7,13 +7,29 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 WIDTH = 100
+
+_T = TypeVar("_T")
+
+
+def printed(cls: type[_T]) -> type[_T]:
+    """Lets what has a ``__rich__`` show it: printed as text, and in notebooks as HTML. A class decorator."""
+
+    def text(self: Any) -> str:
+        return as_text(self.__rich__())
+
+    def html(self: Any) -> str:
+        return as_html(self.__rich__())
+
+    for name, method in {"__str__": text, "__repr__": text, "_repr_html_": html}.items():
+        setattr(cls, name, method)
+    return cls
 
 
 def as_table(

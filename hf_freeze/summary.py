@@ -14,7 +14,7 @@ from torch import nn
 
 from .freezing import kept_still
 from .layers import layer_map
-from .rendering import as_html, as_text
+from .rendering import printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +31,7 @@ class SummaryRow:
     still: bool
 
 
+@printed
 @dataclass(frozen=True, repr=False)
 class Summary:
     """What trains and what does not, segment by segment. Prints as a table."""
@@ -64,15 +65,6 @@ class Summary:
             mode = "eval, kept" if row.still else ""
             table.add_row(row.segment, row.module_class, f"{row.parameters:,}", f"{row.trainable:,}", mode)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
 
 def trainable_summary(model: nn.Module) -> Summary:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AuditError, nearest
-from ..rendering import as_html, as_text
+from ..rendering import printed
 from ..writing import write_json
 from .codes import CODES, SEVERITIES, Severity, Symptom
 
@@ -98,6 +98,7 @@ class SegmentFigures:
     saved: int | None = None
 
 
+@printed
 @dataclass(frozen=True, repr=False)
 class AuditReport:
     """What an audit has found, the worst first. Prints as a table; true when there is no error in it.
@@ -156,15 +157,6 @@ class AuditReport:
         parts += [self._finding_table()] if self.findings else [f"{self.model_class}: nothing found."]
         parts += [self._figure_table()] if self.figures and self.symptom else []
         return Group(*parts)
-
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
     def _finding_table(self) -> Table:
         from rich.table import Table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cache.codecs import STORED, encoded_bytes, require_dtype
 from ..errors import PlanError
-from ..rendering import as_html, as_text
+from ..rendering import printed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -120,6 +120,7 @@ class CacheCosts:
         return self.tokens * self.token_bytes(dtype)
 
 
+@printed
 @dataclass(frozen=True, repr=False)
 class Plan:
     """What a run will take, before it is started; beside it full fine-tuning, and LoRA with as many parameters.
@@ -175,15 +176,6 @@ class Plan:
         if self.stages:
             parts.append(self._by_stage())
         return Group(*parts)
-
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
     def _comparison(self) -> Table:
         from rich.table import Table

@@ -16,7 +16,7 @@ from ..errors import AdapterError, PlanError
 from ..freezing import unfreeze
 from ..layers import layer_map
 from ..recipes import Recipe
-from ..rendering import as_html, as_text
+from ..rendering import printed
 from ..selectors import select
 from .costs import Plan, as_size, read_size
 from .counting import Setting, apply, count, prepared
@@ -44,6 +44,7 @@ class Way:
         return Recipe(freeze=self.freeze, adapter=self.adapter)
 
 
+@printed
 @dataclass(frozen=True, repr=False)
 class Fit:
     """What fits into some memory.
@@ -82,15 +83,6 @@ class Fit:
         if self.next_name and self.next_memory:
             told.append(f"Next would be {self.next_name}, which takes {as_size(self.next_memory)}.")
         return Group(Text(" ".join(told)), self.plan)
-
-    def __str__(self) -> str:
-        return as_text(self.__rich__())
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
 
 def fits(
