@@ -151,7 +151,8 @@ class Server:
         if self._idle():
             return
         self._layout = None
-        if reason := self._strange_call(model, named_inputs(model, args, kwargs)):
+        inputs = named_inputs(model, args, kwargs)
+        if reason := self._strange_call(model, inputs):
             self.tell(f"The prefix cache stands aside where {reason}.")
             return
         depth, reason = self.prefix.depth()
@@ -160,7 +161,7 @@ class Server:
             return
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
-        cut = token_mask(named_inputs(model, args, kwargs)) is not None
+        cut = token_mask(inputs) is not None
         situation = (depth, model.training, autocast, outside, cut)
         if situation not in self._layouts:
             self._layouts[situation] = self._try(depth, args, kwargs)

@@ -115,12 +115,14 @@ class Store:
         meta: What the rows were computed by; a folder with another, or a broken one, is emptied first.
 
     Attributes:
+        nbytes: Bytes that the rows take up; counted as they come, since each log asks for it.
         refused: Why what lay in the folder is not used; None where it is, or where nothing lay there.
     """
 
     def __init__(self, dtype: str, room: Room, folder: Path | None = None, meta: dict[str, Any] | None = None) -> None:
         self.dtype, self.room, self.folder = dtype, room, folder
         self.places: dict[bytes, Place] = {}
+        self.nbytes = 0
         self.refused: str | None = None
         self._chunks: list[Tensor] = []
         self._free = (0, 0)  # offset in the last chunk, bytes left in it
@@ -135,11 +137,6 @@ class Store:
     def __len__(self) -> int:
         return len(self.places)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the rows take up."""
-        return sum(encoded_bytes(place.shape, self.dtype) for place in self.places.values())
-
     def put(self, key: bytes, row: Tensor) -> None:
         """Keeps a row, a tensor of one to four dimensions.
 
@@ -151,7 +148,9 @@ class Store:
         self._chunks[place.chunk][place.offset : place.offset + content.numel()] = content
         if self._index is not None:
             self._write(key, place, content)
+        self._forget(key)
         self.places[key] = place
+        self.nbytes += content.numel()
 
     def get(self, key: bytes) -> Tensor | None:
         """Returns a row in the dtype in which it is kept (float32 for int8), or None where it turns out to be broken.
@@ -162,7 +161,7 @@ class Store:
         content = self._chunks[place.chunk][place.offset : place.offset + encoded_bytes(place.shape, self.dtype)]
         head, checksum = self._unread.pop(key, (b"", None))
         if checksum is not None and _checksum(content, head) != checksum:
-            del self.places[key]
+            self._forget(key)
             return None
         return decode(content, place.shape, self.dtype)
 
@@ -173,6 +172,11 @@ class Store:
             self._index = None
         self.room.give_back(self._chunks)
         self._chunks, self.places, self._unread, self._free = [], {}, {}, (0, 0)
+        self.nbytes = 0
+
+    def _forget(self, key: bytes) -> None:
+        if (place := self.places.pop(key, None)) is not None:
+            self.nbytes -= encoded_bytes(place.shape, self.dtype)
 
     def _write(self, key: bytes, place: Place, content: Tensor) -> None:
         """Adds a record to the index, or none of it: on a full disk less may be written than was given."""
@@ -226,7 +230,9 @@ class Store:
             size = encoded_bytes(place.shape, self.dtype)
             if place.chunk >= len(self._chunks) or place.offset + size > self._chunks[place.chunk].numel():
                 raise CacheError(f"'{folder / f'chunk-{place.chunk}.bin'}' is cut off")
+            self._forget(key)  # one that was broken has been written once more
             self.places[key], self._unread[key] = place, (in_record, of_row)
+            self.nbytes += size
             if place.chunk == len(self._chunks) - 1:
                 end = max(end, place.offset + -(-size // ALIGN) * ALIGN)
         if self._chunks:

@@ -36,6 +36,13 @@ def tiny(**options: Any) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
+def still() -> BertForSequenceClassification:
+    """In eval mode, with two of three layers frozen."""
+    model = tiny()
+    freeze(model, "embeddings, layers[:2]")
+    return model.eval()
+
+
 def batch(rows: int = 4, length: int = 16) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     ids = torch.randint(1, 50, (rows, length))
@@ -90,9 +97,7 @@ def test_losses_and_weights_are_those_of_the_run_without_it(
 
 
 def test_rows_are_found_in_other_batches_and_at_other_lengths() -> None:
-    model = tiny()
-    freeze(model, "embeddings, layers[:2]")
-    model.eval()
+    model = still()
     whole = batch(length=24)
     whole["attention_mask"][:, 16:] = 0
     other = {name: value[[2, 0]] for name, value in whole.items()}
@@ -121,9 +126,7 @@ def test_reduced_storage_is_off_by_no_more_than_its_rounding(dtype: str, bound: 
 
 
 def test_a_changed_weight_is_never_served() -> None:
-    model = tiny()
-    freeze(model, "embeddings, layers[:2]")
-    model.eval()
+    model = still()
     with PrefixCache(model) as cache:
         model(**batch())
         with torch.no_grad():
@@ -135,9 +138,7 @@ def test_a_changed_weight_is_never_served() -> None:
 
 
 def test_rows_in_a_folder_are_found_by_the_next_run_and_not_by_another_model(tmp_path: Path) -> None:
-    model = tiny()
-    freeze(model, "embeddings, layers[:2]")
-    model.eval()
+    model = still()
     expected = model(**batch()).logits
     with PrefixCache(model, folder=tmp_path):
         model(**batch())
@@ -152,9 +153,7 @@ def test_rows_in_a_folder_are_found_by_the_next_run_and_not_by_another_model(tmp
 
 
 def test_corrupt_bytes_are_computed_anew(tmp_path: Path) -> None:
-    model = tiny()
-    freeze(model, "embeddings, layers[:2]")
-    model.eval()
+    model = still()
     expected = model(**batch()).logits
     with PrefixCache(model, folder=tmp_path):
         model(**batch())
@@ -167,9 +166,7 @@ def test_corrupt_bytes_are_computed_anew(tmp_path: Path) -> None:
 
 
 def test_it_steps_aside_where_hidden_states_are_asked_for() -> None:
-    model = tiny()
-    freeze(model, "embeddings, layers[:2]")
-    model.eval()
+    model = still()
     expected = model(**batch(), output_hidden_states=True).hidden_states
     with PrefixCache(model) as cache:
         model(**batch())
@@ -201,9 +198,7 @@ def test_adapters_above_the_prefix_train_on_it() -> None:
 
 
 def test_copies_of_a_model_hold_nothing_of_it() -> None:
-    model = tiny()
-    freeze(model, "embeddings, layers[:2]")
-    model.eval()
+    model = still()
     with PrefixCache(model) as cache:
         expected = model(**batch()).logits
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
