@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_freeze import load_adapterhub, save_adapterhub
-from hf_freeze.adapters import hub_files
+from hf_freeze import load_adapterhub, save_adapterhub, writing
 from hf_freeze.errors import AdapterError
 from tests.adapters.hub import adapter, base_model, output
 
@@ -227,7 +226,7 @@ def test_a_write_that_fails_leaves_the_adapter_that_was_there(tmp_path, monkeypa
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = base_model(CASE)
     load_adapterhub(model, folder)
-    monkeypatch.setattr(hub_files.os, "replace", fail)
+    monkeypatch.setattr(writing.os, "replace", fail)
 
     with pytest.raises(OSError, match="No space left"):
         save_adapterhub(model, folder, "ref")
