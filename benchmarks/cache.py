@@ -64,7 +64,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     rounds = 2 if options.quick else options.rounds
-    subjects = [minilm(2 if options.quick else 10)] + ([] if options.quick else [bert_base(4)])
+    subjects = [minilm(2 if options.quick else 24)] + ([] if options.quick else [bert_base(8)])
     lines = ["| model | bar | at most | measured | rounds from, to |", "|---|---|---:|---:|---:|"]
     for subject in subjects:
         lines += [f"| {subject.name} {line}" for line in bars(subject, rounds)]

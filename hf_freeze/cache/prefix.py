@@ -91,7 +91,7 @@ class _Unit:
             return "trains"
         if any(module.training for module in self.acting):
             return "is frozen but in train mode, with its dropout live: freeze it with `freeze`, which keeps it still"
-        if not all(_are_same(_without_guard(own), before) for own, before in self.made_of):
+        if not all(_still_holds(own, before) for own, before in self.made_of):
             return "has been given other parts: attach the cache again"
         return ""
 
@@ -101,8 +101,9 @@ def _without_guard(own: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(value for name, value in own.items() if name != GUARD)
 
 
-def _are_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
+def _still_holds(own: dict[str, Any], before: tuple[Any, ...]) -> bool:
+    values = own.values() if GUARD not in own else _without_guard(own)
+    return len(values) == len(before) and all(map(operator.is_, values, before))
 
 
 def _acts_in_training(module: nn.Module) -> bool:

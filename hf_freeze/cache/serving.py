@@ -250,13 +250,13 @@ class Server:
 
     def _batch(self, layout: Layout, inputs: dict[str, Any], rows: list[Row]) -> Tensor:
         store = self._depth(layout.depth, layout).store
-        found = {row.key: store.get(row.key) for row in rows if row.key in store}
-        known = {key: part for key, part in found.items() if part is not None}
+        known = {row.key: part for row in rows if row.key in store and (part := store.get(row.key)) is not None}
         missing = {row.key: index for index, row in enumerate(rows) if row.key not in known}
         if missing:
             known |= self._fill(layout, inputs, rows, list(missing.values()))
-        self.counts.misses += sum(row.key in missing for row in rows)
-        self.counts.hits += sum(row.key not in missing for row in rows)
+        misses = sum(row.key in missing for row in rows)
+        self.counts.misses += misses
+        self.counts.hits += len(rows) - misses
         parts = [known[row.key] for row in rows]
         hidden = _joined(layout, rows, parts, inputs[MASK].shape[1] if layout.by_tokens else 0)
         hidden = hidden.to(next(self.prefix.entry.parameters()).device)
@@ -397,7 +397,7 @@ def _content(layout: Layout, row: Row, hidden: Tensor, depth: int) -> Tensor:
 def _joined(layout: Layout, rows: list[Row], parts: list[Tensor], length: int) -> Tensor:
     """Returns the hidden states of a batch; padding is zero, which nothing reads."""
     if layout.first_only or not layout.by_tokens:
-        return torch.stack([part.to(layout.dtype) for part in parts])
+        return torch.stack(parts).to(layout.dtype)
     hidden = parts[0].new_zeros((len(rows), length, *parts[0].shape[1:]), dtype=layout.dtype)
     for index, (row, part) in enumerate(zip(rows, parts, strict=True)):
         hidden[index, row.start : row.end] = part
