@@ -11,8 +11,11 @@ BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def markers(name: str) -> tuple[str, str]:
-    """Returns the lines between which ``benchmarks/<name>.py`` writes."""
-    return f"<!-- {name}: begin; benchmarks/{name}.py writes what stands here -->", f"<!-- {name}: end -->"
+    """Returns the lines between which ``benchmarks/<name>.py`` writes; a part of it is named behind a space."""
+    return (
+        f"<!-- {name}: begin; benchmarks/{name.partition(' ')[0]}.py writes what stands here -->",
+        f"<!-- {name}: end -->",
+    )
 
 
 def with_section(page: str, name: str, content: str) -> str:
