@@ -79,10 +79,13 @@ def steps(options: argparse.Namespace) -> str:
     rounds = 2 if options.quick else options.rounds
     subjects = [minilm(2 if options.quick else 24)] + ([] if options.quick else [bert_base(8)])
     lines = ["| model | bar | at most | measured | rounds from, to |", "|---|---|---:|---:|---:|"]
+    said = []
     for subject in subjects:
-        lines += [f"| {subject.name} {line}" for line in bars(subject, rounds)]
+        times, measured = bars(subject, rounds)
+        lines += [f"| {subject.name} {line}" for line in measured]
+        said.append(f"- {subject.name}: {times}")
     sizes = f"batches of {BATCH} x {LENGTH} tokens, AdamW, fp32, seed {SEED}; medians of {rounds} rounds."
-    return "\n".join([*lines, "", note(options, sizes)])
+    return "\n".join([*lines, "", *said, "", note(options, sizes)])
 
 
 def minilm(count: int) -> Subject:
@@ -120,8 +123,8 @@ def bert_base(count: int) -> Subject:
     )
 
 
-def bars(subject: Subject, rounds: int) -> list[str]:
-    """Returns the lines of one model: the ratios of each round, and what a step's keys cost."""
+def bars(subject: Subject, rounds: int) -> tuple[str, list[str]]:
+    """Returns the times of one model's steps, and its lines: the ratios of each round."""
     model = frozen(subject, f"embeddings, layers[:{subject.frozen}]")
     plain, first, later = epochs(model, subject, rounds)
     limit = [epoch_time(Suffix(model, subject), subject.batches) for _ in range(rounds)]
@@ -129,13 +132,16 @@ def bars(subject: Subject, rounds: int) -> list[str]:
     head = frozen(subject, "base - pooler")
     plain_head, _, later_head = epochs(head, subject, rounds)
     steps = len(subject.batches)
-    times = [f"epoch of {steps} steps: computed {1000 * median(plain) / steps:.0f} ms a step, first epoch of the cache"]
-    times += [f"{1000 * median(first) / steps:.0f}, later ones {1000 * median(later) / steps:.1f}, the suffix alone"]
-    times += [
-        f"{1000 * median(limit) / steps:.1f}; the head alone {1000 * median(plain_head) / steps:.0f} computed and"
-    ]
-    print(f"{subject.name}, {' '.join(times)} {1000 * median(later_head) / steps:.2f} cached")
-    return [
+
+    def each(seconds: list[float]) -> float:
+        return 1000 * median(seconds) / steps
+
+    times = (
+        f"epochs of {steps} steps, computed {each(plain):.0f} ms a step, first epoch of the cache {each(first):.0f}, "
+        f"later ones {each(later):.1f}, the suffix alone {each(limit):.1f}; the head alone {each(plain_head):.0f} "
+        f"computed and {each(later_head):.2f} cached."
+    )
+    return times, [
         line("later epoch / the suffix alone, its input laid ready", "1.15", ratios(later, limit)),
         line("first epoch, filling as it goes / computed", "1.05", ratios(first, plain)),
         line("head and pooler alone: computed / later epoch, at least", "100", ratios(plain_head, later_head), 0),
