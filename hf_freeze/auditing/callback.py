@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..callbacks import wrong_loss_factor
-from ..distributed import unwrap_model
+from ..distributed import DEEPSPEED, trainer_launch, unwrap_model
 from ..errors import AuditError
 from ..writing import write_json
 from .audit import report_of
@@ -74,7 +74,7 @@ class AuditCallback(TrainerCallback):
             return
         model = unwrap_model(kwargs["model"])
         try:
-            if args.deepspeed:
+            if trainer_launch(args, model).kind == DEEPSPEED:
                 raise AuditError("DeepSpeed keeps the gradients of its own partitions.")
             seen = gather(
                 model,

@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 from training import make_trainer, tiny_bert
 from transformers import TrainerCallback, get_scheduler
@@ -195,6 +197,42 @@ def test_an_optimizer_that_steps_within_the_backward_is_not_audited(bert, tmp_pa
     told = trained(tmp_path, callback, model=bert, others=[Steps()])
 
     assert len(told) == 1 and told[0].startswith("The run is not audited: No parameter of")
+    assert callback.report is None and not (tmp_path / "audit.json").exists()
+
+
+class AsDeepSpeed(TrainerCallback):
+    """Lets a run look, for as long as an audit takes, as one that ``accelerate launch --use_deepspeed`` has begun.
+
+    A mock: DeepSpeed need not be installed. What is set is what accelerate 1.15 sets.
+    """
+
+    def __init__(self, begins: bool) -> None:
+        self.kind = DistributedType.DEEPSPEED if begins else DistributedType.NO
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        for own in (PartialState, AcceleratorState):
+            own._shared_state["distributed_type"] = self.kind
+
+
+def under_accelerate(trainer, monkeypatch):
+    for place, begins in ((0, True), (len(trainer.callback_handler.callbacks) + 1, False)):
+        trainer.callback_handler.callbacks.insert(place, AsDeepSpeed(begins))
+
+
+def under_the_trainer(trainer, monkeypatch):
+    monkeypatch.setattr(type(trainer.args), "deepspeed", property(lambda self: "zero.json"), raising=False)
+
+
+@pytest.mark.parametrize("launched", [under_accelerate, under_the_trainer])
+def test_deepspeed_however_it_was_launched_is_not_audited(bert, tmp_path, monkeypatch, launched):
+    callback = AuditCallback()
+    trainer = make_trainer(tmp_path, callback, model=bert)
+    launched(trainer, monkeypatch)
+
+    with pytest.warns(UserWarning, match="The run is not audited: DeepSpeed keeps the gradients") as told:
+        trainer.train()
+
+    assert len([own for own in told if "not audited" in str(own.message)]) == 1
     assert callback.report is None and not (tmp_path / "audit.json").exists()
 
 
