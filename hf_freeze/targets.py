@@ -3,13 +3,14 @@
 What lives here: `audit_target`, from a name to reports. What may not: what an audit finds (`auditing/`), and how it is
 shown (`cli/`). How data passes through:
 
-    folder or hub name -> classifier + real texts -> one backward -> report
+    folder or hub name -> classifier, at the stage of its checkpoint, + real texts -> one backward -> report
     recipe -> the same, one backward in each of its stages -> a report a stage
     script -> run as it is, with an AuditCallback in each Trainer that it makes -> a report a Trainer
 """
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 import sys
@@ -29,8 +30,13 @@ from .errors import DataError
 from .freezing import freeze
 from .layers import layer_map
 from .recipes import Recipe
+from .report.reading import STATE_FILE
+from .resuming import RECORD as SCHEDULE
 from .runs import RECIPE_FILE, corpus_of, load_base, resolved
+from .schedules import UnfreezeSchedule
+from .stages import Stage
 from .state import RECORD
+from .timetable import first_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 
 BATCH = 8  # texts
 _MEASURED = ("memory", "accuracy")
+_ADAPTERS = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def audit_target(
 
     Args:
         target: A Python script; a recipe's name or YAML file; a folder of `hf-freeze train`, whose recipe is audited;
-            a model folder, a hub name, or ``embedded``.
+            a model folder, a checkpoint of a Trainer, a folder of adapters, a hub name, or ``embedded``.
         arguments: A script's own.
         dataset: The texts, see `data.load_corpus`; the recipe's own, or the embedded ones, unless told.
         symptom: See `audit`. What is measured on a batch is not for a script.
@@ -85,14 +92,67 @@ def audit_target(
 
 
 def _of_model(name: str, dataset: str | None, symptom: Symptom | None) -> list[Audited]:
-    check_model(name)
+    """Audits one backward, in the stage in which a checkpoint of a staged run was saved."""
+    folder = Path(name)
+    adapted = (folder / _ADAPTERS).is_file() and not (folder / "config.json").is_file()
+    if not adapted:
+        check_model(name)  # before the texts, which may be many
     corpus = corpus_of(Recipe(dataset=dataset))
-    tokenizer, model = load_base(name, corpus.label_names)
-    _freeze_as_saved(model)
+    tokenizer, model = _with_adapters(folder, corpus.label_names) if adapted else load_base(name, corpus.label_names)
     batch = _batch(tokenizer, corpus, max_length=128)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=Recipe().lr) if trained else None
-    return [Audited(name, _audited(model, optimizer, batch, symptom))]
+    if state := _staged_state(folder):
+        staged = _Staged(name, UnfreezeSchedule(_begun(state)), model, Recipe().lr, state["max_steps"], None)
+        now = sum(stage.step <= state["global_step"] for stage in staged.engine.planned) - 1
+        return [staged.audited(now, batch, symptom)]
+    if not adapted:
+        _freeze_as_saved(model)
+    return [Audited(name, _audited(model, _adamw(model, Recipe().lr), batch, symptom))]
+
+
+def _with_adapters(folder: Path, labels: tuple[str, ...]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Loads the model that a folder of adapters names, and the adapters, to be trained on.
+
+    Raises:
+        DataError: it names none, or they do not fit.
+    """
+    base = _read(folder / _ADAPTERS).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise DataError(
+            f"'{folder / _ADAPTERS}' does not name the base model: write it there, base_model_name_or_path."
+        )
+    tokenizer, model = load_base(base, labels)
+    try:
+        model.load_adapter(str(folder), is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"The adapters in '{folder}' can't be put into {base!r} for texts of {len(labels)} classes: {reason} Name "
+            f"the texts that they were trained on: --dataset."
+        ) from error
+    return tokenizer, model
+
+
+def _staged_state(folder: Path) -> dict[str, Any] | None:
+    """Returns what a Trainer with `StagedUnfreezing` has saved of itself in a folder; None for another folder."""
+    state = _read(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else {}
+    written = (state.get("stateful_callbacks") or {}).get(SCHEDULE)
+    return state if isinstance(written, dict) and written.get("stages") else None
+
+
+def _begun(state: Mapping[str, Any]) -> list[Stage]:
+    """Returns the stages that have a step: what waits for a condition still has none."""
+    written = {"stages": state["stateful_callbacks"][SCHEDULE]["stages"]}
+    stages = UnfreezeSchedule.from_yaml(json.dumps(written)).stages
+    steps = first_steps(stages, state["max_steps"], None, state["log_history"])
+    return [replace(stage, start=f"{step} steps") for stage, step in zip(stages, steps, strict=False)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' can't be read ({error}). Save the checkpoint again, or name another.") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _freeze_as_saved(model: PreTrainedModel) -> None:
@@ -105,7 +165,7 @@ def _freeze_as_saved(model: PreTrainedModel) -> None:
 
 def _of_recipe(recipe: Recipe, dataset: str | None, symptom: Symptom | None) -> list[Audited]:
     """Audits one backward in each stage; those that wait for a condition are left out, as they may never come."""
-    from transformers import get_scheduler, set_seed
+    from transformers import set_seed
 
     recipe = resolved(replace(recipe, dataset=dataset) if dataset else recipe)
     check_model(str(recipe.model))
@@ -116,21 +176,45 @@ def _of_recipe(recipe: Recipe, dataset: str | None, symptom: Symptom | None) -> 
     batch = _batch(tokenizer, corpus, recipe.max_length)
     schedule = recipe.schedule(model)
     if schedule is None:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.lr) if trained else None
-        return [Audited(recipe.name, _audited(model, optimizer, batch, symptom))]
-    union = StageEngine(model, schedule.stages_for(model)).union
-    optimizer = torch.optim.AdamW([own for name, own in model.named_parameters() if name in union], lr=recipe.lr)
+        return [Audited(recipe.name, _audited(model, _adamw(model, recipe.lr), batch, symptom))]
     by_epoch = math.ceil(len(corpus.train.texts) / recipe.batch_size)
-    steps = math.ceil(recipe.epochs * by_epoch)
-    engine = attach_schedule(schedule, model, optimizer, get_scheduler("constant", optimizer), steps, by_epoch)
-    found = []
-    for index, stage in enumerate(engine.planned):
-        engine.enter(stage.step)
-        _set_rates(optimizer, model, stage.rates)
-        subject = f"{recipe.name}, stage {index + 1} of {len(engine.stages)}, from step {stage.step}"
-        found.append(Audited(subject, _audited(model, optimizer, batch, symptom)))
-    return found
+    staged = _Staged(recipe.name, schedule, model, recipe.lr, math.ceil(recipe.epochs * by_epoch), by_epoch)
+    return [staged.audited(index, batch, symptom) for index in range(len(staged.engine.planned))]
+
+
+class _Staged:
+    """A model with a schedule, which can be audited in each of its stages."""
+
+    def __init__(
+        self,
+        name: str,
+        schedule: UnfreezeSchedule,
+        model: PreTrainedModel,
+        lr: float,
+        total_steps: int,
+        steps_per_epoch: int | None,
+    ) -> None:
+        from transformers import get_scheduler
+
+        union = StageEngine(model, schedule.stages_for(model)).union
+        self.name, self.model = name, model
+        trained = [own for own_name, own in model.named_parameters() if own_name in union]
+        self.optimizer = torch.optim.AdamW(trained, lr=lr)
+        scheduler = get_scheduler("constant", self.optimizer)
+        self.engine = attach_schedule(schedule, model, self.optimizer, scheduler, total_steps, steps_per_epoch)
+
+    def audited(self, index: int, batch: Mapping[str, Any], symptom: Symptom | None) -> Audited:
+        stage = self.engine.planned[index]
+        self.engine.enter(stage.step)
+        for own in self.engine.planned[: index + 1]:  # what began to train earlier has the rate of that stage
+            _set_rates(self.optimizer, self.model, own.rates)
+        subject = f"{self.name}, stage {index + 1} of {len(self.engine.stages)}, from step {stage.step}"
+        return Audited(subject, _audited(self.model, self.optimizer, batch, symptom))
+
+
+def _adamw(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer | None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr) if trained else None
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, model: PreTrainedModel, rates: Mapping[str, float]) -> None:
@@ -171,7 +255,7 @@ def _of_script(script: Path, arguments: Sequence[str], symptom: Symptom | None) 
         raise DataError(f"No such script: {str(script)!r}. Check the path.")
     made: list[AuditCallback] = []
     with _in_each_trainer(made), _command_line(script, arguments):
-        runpy.run_path(str(script), run_name="__main__")
+        _run(script)
     if not made:
         raise DataError(f"{str(script)!r} makes no Trainer. Call audit(model, optimizer) in it, behind the backward.")
     reports = [callback.report for callback in made]
@@ -182,6 +266,15 @@ def _of_script(script: Path, arguments: Sequence[str], symptom: Symptom | None) 
         for number, report in enumerate(reports, start=1)
         if report is not None
     ]
+
+
+def _run(script: Path) -> None:
+    """Runs a script to its end; one that ends with `sys.exit()` has ended well."""
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
 
 
 def _bearing_on(report: AuditReport, symptom: Symptom | None) -> AuditReport:

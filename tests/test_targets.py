@@ -9,9 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
-from hf_freeze import AutoFreezeModelForSequenceClassification, cli
+from hf_freeze import (
+    AutoFreezeModelForSequenceClassification,
+    BottleneckConfig,
+    Stage,
+    StagedUnfreezing,
+    cli,
+)
 from hf_freeze.data import embedded_model_path
 from hf_freeze.errors import DataError
 from hf_freeze.targets import audit_target
@@ -87,6 +101,60 @@ def test_a_model_is_audited_as_it_was_saved(here, model):
     assert {row.segment for row in audited.report.figures if not row.trainable} == {"embeddings", "layers[0]"}
 
 
+STAGES = [Stage(0, "head"), Stage("2 steps", "layers[-1]", lr=0.5), Stage("4 steps", "layers[0]", lr=1e-3)]
+
+
+@pytest.mark.parametrize(("step", "stage", "too_high"), [(1, 1, False), (3, 2, True), (4, 3, True)])
+def test_a_checkpoint_of_a_staged_run_is_audited_in_its_stage(here, model, step, stage, too_high):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    own = BertForSequenceClassification.from_pretrained(model)
+    rows = [{**tokenizer("the film was good"), "labels": 1}] * 10
+    args = TrainingArguments(
+        "out", max_steps=5, save_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    callbacks, collator = [StagedUnfreezing(STAGES)], DataCollatorWithPadding(tokenizer)
+    Trainer(own, args, train_dataset=rows, data_collator=collator, callbacks=callbacks).train()
+
+    (audited,) = audit_target(f"out/checkpoint-{step}", dataset="films.csv", symptom="loss")
+
+    assert audited.subject == f"out/checkpoint-{step}, stage {stage} of 3, from step {2 * (stage - 1)}"
+    trains = {row.segment for row in audited.report.figures if row.trainable}
+    assert trains == {"head", *(["layers[1]"] if step > 1 else []), *(["layers[0]"] if step > 3 else [])}
+    assert ("HF010" in audited.report.codes) == too_high
+
+
+@pytest.mark.parametrize("kind", ["peft", "ours"])
+def test_a_checkpoint_of_adapters_is_audited_in_the_model_that_they_name(here, model, kind):
+    own = BertForSequenceClassification.from_pretrained(model)
+    if kind == "peft":
+        own = get_peft_model(own, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    else:
+        own.add_adapter(BottleneckConfig(bottleneck_size=2, modules_to_save=["classifier"]))
+    own.save_pretrained("out/checkpoint-3")
+
+    (audited,) = audit_target("out/checkpoint-3", dataset="films.csv", symptom="loss")
+
+    assert audited.report.codes == ()
+    trains = {row.segment for row in audited.report.figures if row.trainable}
+    assert "head" in trains and any("adapters" in name or "layers" in name for name in trains)
+    assert "embeddings" not in trains
+
+
+def test_adapters_for_other_texts_or_of_no_model_are_refused(here, model):
+    own = get_peft_model(
+        BertForSequenceClassification.from_pretrained(model, num_labels=3, ignore_mismatched_sizes=True),
+        LoraConfig(target_modules=["query"], task_type="SEQ_CLS"),
+    )
+    own.save_pretrained("out")
+
+    with pytest.raises(DataError, match=r"can't be put into .* for texts of 2 classes: .*Name the texts"):
+        audit_target("out", dataset="films.csv")
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    Path("out/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(DataError, match="does not name the base model: write it there"):
+        audit_target("out", dataset="films.csv")
+
+
 def test_a_recipe_is_audited_in_each_of_its_stages(here, model):
     Path("mine.yaml").write_text(f"model: {model}\ndataset: films.csv\n{RECIPE}")
 
@@ -122,6 +190,16 @@ def test_each_trainer_of_a_script_is_audited(here, hf_freeze):
     assert [own["subject"] for own in reports] == ["Trainer 1 of 2", "Trainer 2 of 2"]
     assert [[found["code"] for found in own["findings"]] for own in reports] == [[], ["HF009"]]
     assert json.loads(Path("out/audit.json").read_text())["findings"][0]["code"] == "HF009"
+
+
+@pytest.mark.parametrize(("status", "code"), [("", 1), ("0", 1), ("None", 1), ("3", 3), ("'wrong'", 1)])
+def test_a_script_that_ends_by_itself_is_audited_all_the_same(here, hf_freeze, status, code):
+    Path("own/ends.py").write_text(f"{SCRIPT}\nsys.exit({status})\n")
+
+    ended, out, _ = hf_freeze("own/ends.py", "--", "0.0")
+
+    assert ended == (code if status != "'wrong'" else "wrong")
+    assert ("HF009" in out) == (status in ("", "0", "None"))
 
 
 def test_afterwards_all_is_as_it_was(here):
