@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 import transformers
@@ -14,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_freeze import LayerMap, Segment, freeze, layer_map
 from hf_freeze.errors import LayerMapError, SelectorError
+from tests.notebook_tables import rows_of
 
 
 def mapped(model_type: str, class_name: str | None = None, **config) -> LayerMap:
@@ -312,9 +311,10 @@ def test_a_map_shows_in_a_notebook_as_a_table(make_bert):
 
     html = layers._repr_html_()
 
-    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in re.sub(r"<[^>]+>", "", html).splitlines() if "│" in line]
+    heading, *rows = rows_of(html)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     size = sum(sizes[name] for name in only(layers["layers[1]"]).parameter_names)
-    assert html.startswith("<pre") and f"BertForSequenceClassification: {sum(sizes.values()):,} parameters" in html
+    assert f"<caption>BertForSequenceClassification: {sum(sizes.values()):,} parameters</caption>" in html
+    assert heading == ["segment", "class", "parameters", "passes"]
     assert [row[0] for row in rows] == names(layers)
     assert rows[2] == ["layers[1]", "BertLayer", f"{size:,}", "1"]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from hf_freeze import Sample, Stage, StagedUnfreezing, UnfreezeSchedule, freeze, layer_map, on_plateau, select
 from hf_freeze.errors import ScheduleError
 from hf_freeze.preview import SHOWN, outline
+from tests.notebook_tables import rows_of
 
 MODEL = tiny_bert()
 MAP = layer_map(MODEL)
@@ -148,8 +149,10 @@ def test_a_long_run_shows_its_first_stages():
 def test_a_preview_shows_in_a_notebook_as_it_prints():
     told = UnfreezeSchedule(STAGES).preview(MODEL, total_steps=6)
     html = told._repr_html_()
-    assert html.startswith("<pre")
-    assert re.sub(r"<[^>]+>", "", html).split() == str(told).split()
+    printed = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in str(told).splitlines() if line[0] in "│┃"]
+    assert rows_of(html) == printed
+    title, below = (str(told).splitlines()[at].strip() for at in (0, -1))
+    assert f"<caption>{title}</caption>" in html and f"<p>{below}</p>" in html
 
 
 def test_a_preview_at_the_end_of_a_notebook_cell_shows_once(monkeypatch, capsys):

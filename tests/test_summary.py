@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from hf_freeze import freeze, layer_map, trainable_summary
+from tests.notebook_tables import rows_of
 from tests.tiny import tiny_model
 
 LOWER_PART = "base - layers[-1]"
@@ -49,8 +50,9 @@ def test_a_summary_shows_in_a_notebook_as_it_prints(bert):
 
     html = summary._repr_html_()
 
-    assert html.startswith("<pre")
-    assert re.sub(r"<[^>]+>", "", html).split() == str(summary).split()
+    printed = [re.split(r"\s*[│┃]\s*", line)[1:-1] for line in str(summary).splitlines() if line[0] in "│┃"]
+    assert rows_of(html) == printed
+    assert f"<caption>{str(summary).splitlines()[0].strip()}</caption>" in html
 
 
 def test_a_summary_at_the_end_of_a_notebook_cell_shows_once(bert, monkeypatch, capsys):

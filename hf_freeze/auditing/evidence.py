@@ -22,6 +22,23 @@ from ..optim import unwrap
 
 
 @dataclass(frozen=True)
+class Probe:
+    """How far the loss of a batch falls in a few steps.
+
+    Attributes:
+        steps: How many.
+        before: The loss before them.
+        frozen: Behind them, as the model is frozen.
+        unfrozen: Behind them, with all of it unfrozen.
+    """
+
+    steps: int
+    before: float
+    frozen: float
+    unfrozen: float
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What an audit looks at.
 
@@ -38,6 +55,7 @@ class Evidence:
         midway: Whether the run is past its first step and before its last, where no rate is zero by design.
         saved: Bytes of activations that each segment keeps for the backward, where that was measured.
         would_learn: The relative gradient of each segment with all unfrozen, where that was measured.
+        probe: How far the loss falls as it is and with all unfrozen, where that was measured.
     """
 
     model: nn.Module
@@ -52,6 +70,7 @@ class Evidence:
     midway: bool = False
     saved: Mapping[str, int] | None = None
     would_learn: Mapping[str, float] | None = None
+    probe: Probe | None = None
 
     @property
     def trainable(self) -> frozenset[str]:

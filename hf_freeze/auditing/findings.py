@@ -152,14 +152,16 @@ class AuditReport:
 
     def __rich__(self) -> Group:
         from rich.console import Group
+        from rich.text import Text
 
-        parts: list[Any] = [self.answer] if self.answer else []
+        parts: list[Any] = [Text(self.answer)] if self.answer else []
         parts += [self._finding_table()] if self.findings else [f"{self.model_class}: nothing found."]
         parts += [self._figure_table()] if self.figures and self.symptom else []
         return Group(*parts)
 
     def _finding_table(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         at = "" if self.step is None else f", step {self.step}"
         table = Table(title=f"Audit of {self.model_class}{at}", show_lines=True)
@@ -167,9 +169,8 @@ class AuditReport:
             table.add_column(heading, overflow="fold", no_wrap=heading == "code")
         for found in self.findings:
             about = f"{found.title}: {shortened(found.names)}" if found.names else found.title
-            table.add_row(
-                found.code, found.severity, about, f"{found.cause} {found.mend}", style=_STYLES[found.severity]
-            )
+            told = Text(f"{found.cause} {found.mend}")  # rich would take the k of 'layers[k]' for a style
+            table.add_row(found.code, found.severity, Text(about), told, style=_STYLES[found.severity])
         return table
 
     def _figure_table(self) -> Table:

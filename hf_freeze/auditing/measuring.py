@@ -1,7 +1,7 @@
 """What has to be measured on a batch: activations kept for the backward, and what would learn with all unfrozen.
 
-What lives here: `activations_kept`, `relative_gradients`, and `as_it_was`, in which both run. What may not: judging the
-figures. A model, its gradients and the random numbers are afterwards exactly as they were before.
+What lives here: `activations_kept`, `relative_gradients`, `probe`, and `as_it_was`, in which they run. What may not:
+judging the figures. A model, its gradients and the random numbers are afterwards exactly as they were before.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..errors import AuditError
 from ..layers import LayerMap
-from .evidence import norms, pooled
+from .evidence import Probe, norms, pooled
 
+PROBED, USUAL = 5, 5e-5  # steps of a probe, and the rate of what the optimizer has none for
 OUTSIDE = "other"  # what is kept between segments: the loss, residual sums of the model's own
 
 
@@ -113,15 +115,56 @@ def relative_gradients(model: nn.Module, layers: LayerMap, batch: Mapping[str, A
     return found
 
 
-def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Returns the loss of a batch.
+def probe(model: nn.Module, batch: Mapping[str, Any], rates: Mapping[str, float]) -> Probe:
+    """Returns how far the loss of a batch falls in a few steps: as the model is frozen, and with all of it unfrozen.
+
+    In eval mode, on copies of the weights, by steps of Adam's size: each weight moves by its rate.
+
+    Args:
+        model: The model.
+        batch: Inputs with labels, on any device.
+        rates: The learning rate of what trains, as far as known. What is frozen is probed at the lowest of them, and
+            at no more than 5e-5.
+    """
+    parameters = {name: own for name, own in model.named_parameters() if own.is_floating_point()}
+    trained = [name for name, own in parameters.items() if own.requires_grad]
+    least = min([USUAL, *(rates[name] for name in trained if rates.get(name))])
+    rate_of = {name: rates.get(name, least) if name in trained else least for name in parameters}
+    with as_it_was(model):
+        for module in model.modules():
+            module.training = False
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        ways: list[tuple[int, list[str]]] = [(0, []), (PROBED, trained), (PROBED, [*parameters])]
+        before, frozen, unfrozen = (_loss_after(steps, model, batch, names, rate_of) for steps, names in ways)
+    return Probe(PROBED, before, frozen, unfrozen)
+
+
+def _loss_after(
+    steps: int, model: nn.Module, batch: Mapping[str, Any], names: list[str], rates: Mapping[str, float]
+) -> float:
+    """Returns the loss of a batch after so many steps on copies of some of the weights."""
+    own = {name: model.get_parameter(name).detach().clone().requires_grad_(True) for name in names}
+    for _ in range(steps if own else 0):
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss_of(model, batch, own), [*own.values()], allow_unused=True)
+        with torch.no_grad():
+            for (name, weight), gradient in zip(own.items(), gradients, strict=True):
+                if gradient is not None:
+                    weight -= rates[name] * gradient / (gradient.abs() + 1e-8)
+    with torch.no_grad():
+        return float(loss_of(model, batch, own))
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Returns the loss of a batch, with other weights in the place of some of the model's where they are given.
 
     Raises:
         AuditError: the model gives none for it.
     """
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    output = model(**inputs)
+    output = functional_call(model, dict(weights), (), inputs) if weights else model(**inputs)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise AuditError(

@@ -57,7 +57,7 @@ def audit(
         found = audit_target(target, arguments or (), dataset, symptom.value if symptom else None)
         if not as_json:
             for each in found:
-                Console().print(f"\n{each.subject}", style="bold", highlight=False)
+                Console().print(f"\n{each.subject}", style="bold", highlight=False, markup=False)
                 Console().print(each.report)
     if as_json:
         print_json({"target": target, "reports": [{"subject": own.subject, **own.report.to_dict()} for own in found]})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 from hf_freeze import AuditReport, BottleneckConfig, Finding, audit, freeze
 from hf_freeze.auditing.codes import CODES
 from hf_freeze.auditing.findings import in_bytes, merged
-from hf_freeze.auditing.measuring import activations_kept, as_it_was, relative_gradients
+from hf_freeze.auditing.measuring import activations_kept, as_it_was, probe, relative_gradients
 from hf_freeze.errors import AuditError
 from hf_freeze.layers import layer_map
+from tests.notebook_tables import rows_of
 from tests.tiny import tiny_inputs, tiny_model
 
 BATCH = {"input_ids": torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), "labels": torch.tensor([0, 1])}
@@ -112,10 +113,33 @@ def test_the_worst_comes_first_and_an_error_makes_it_false():
 def test_a_report_reads_alike_in_a_terminal_and_a_notebook(bert):
     report = audit(backward(bert), torch.optim.SGD(bert.classifier.parameters(), lr=0.1))
 
-    html = report._repr_html_()
+    heading, row = rows_of(report._repr_html_())
 
-    assert "HF006" in str(report) and "layers[2]" in str(report)
-    assert re.sub(r"<[^>]+>", "", html).replace("&#x27;", "'").split() == str(report).split()
+    (found,) = report.findings
+    assert heading == ["code", "severity", "what", "cause and mend"]
+    assert row == ["HF006", "error", f"{found.title}: layers[2], pooler", f"{found.cause} {found.mend}"]
+    assert {word for cell in row for word in cell.split()} <= set(str(report).split())
+
+
+def test_with_a_symptom_a_notebook_shows_the_answer_and_the_figures(bert):
+    report = audit(bert, symptom="memory", batch=BATCH)
+
+    shown = report._repr_html_()
+
+    assert shown.startswith(f"<p>{report.answer}</p>")
+    assert rows_of(shown)[0] == ["segment", "trainable", "activations kept"]
+    assert [row[0] for row in rows_of(shown)[1:]] == [row.segment for row in report.figures]
+
+
+def test_a_mend_is_printed_to_the_letter(make_bert):
+    """Rich reads ``[k]`` in what it prints as markup."""
+    model = make_bert(num_hidden_layers=3).train()
+    freeze(model, "layers[:2]")
+    report = audit(backward(model), symptom="memory", batch=BATCH)
+
+    assert report.codes == ("HF021",)
+    assert "'layers[k]'" in report.findings[0].mend and report.findings[0].mend in report.answer
+    assert str(report).count("'layers[k]'") == report._repr_html_().count("'layers[k]'") == 2
 
 
 def test_a_report_is_saved_as_json(bert, tmp_path):
@@ -203,6 +227,40 @@ def test_the_relative_gradient_is_that_of_a_model_with_all_unfrozen(bert):
     norm = torch.stack([p.grad.norm() for p in own]).norm() / torch.stack([p.norm() for p in own]).norm()
     assert found == other
     assert found["layers[0]"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("lr", [None, 1e-3, 1e-5])
+def test_a_probe_tells_how_far_the_loss_falls_as_it_is_and_with_all_unfrozen(bert, lr):
+    """Against steps on a copy by hand."""
+    trained = [name for name, own in bert.named_parameters() if own.requires_grad]
+    found = probe(bert, BATCH, {} if lr is None else dict.fromkeys(trained, lr))
+
+    def after(names):
+        copied = copy.deepcopy(bert).eval().requires_grad_(True)
+        for _ in range(5):
+            copied.zero_grad()
+            copied(**BATCH).loss.backward()
+            for name, own in copied.named_parameters():
+                if name in names:
+                    rate = (lr if name in trained else None) or min(5e-5, lr or 5e-5)
+                    own.data -= rate * own.grad / (own.grad.abs() + 1e-8)
+        return copied(**BATCH).loss.item()
+
+    everything = [name for name, _ in bert.named_parameters()]
+    assert (found.steps, found.before) == (5, pytest.approx(bert.eval()(**BATCH).loss.item()))
+    assert (found.frozen, found.unfrozen) == (pytest.approx(after(trained)), pytest.approx(after(everything)))
+    assert found.unfrozen < found.frozen < found.before
+
+
+def test_the_answer_to_accuracy_fell_compares_with_the_unfrozen_probe(bert):
+    optimizer = torch.optim.AdamW([own for own in bert.parameters() if own.requires_grad], lr=1e-3)
+    report = audit(bert, optimizer, symptom="accuracy", batch=BATCH)
+
+    own = probe(bert, BATCH, {name: 1e-3 for name, own in bert.named_parameters() if own.requires_grad})
+    assert report.answer.endswith(
+        f"In 5 steps on this batch the loss falls from {own.before:.4g} to {own.frozen:.4g} as it is, and to "
+        f"{own.unfrozen:.4g} with all unfrozen."
+    )
 
 
 def test_nothing_frozen_would_learn_when_nothing_is_frozen(make_bert):

@@ -14,6 +14,7 @@ from hf_freeze.data import embedded_model_path
 from hf_freeze.errors import PlanError
 from hf_freeze.planning.step import follow, training_inputs
 from hf_freeze.stages import Sample
+from tests.notebook_tables import rows_of
 from tests.planning.models import TINY, WAYS, minilm, tiny, trained
 
 ROWS, TOKENS = 4, 24
@@ -244,7 +245,9 @@ def test_a_plan_prints_its_numbers_and_shows_in_a_notebook():
     assert f"{made.costs.trainable:,} ({made.costs.share:.2%})" in text
     for fragment in ("this plan", "full fine-tuning", f"LoRA, rank {made.lora_rank}", "layers[1]", "a cache of"):
         assert fragment in text and fragment in html
-    assert html.startswith("<pre")
+    segments = [row[0] for row in rows_of(html) if len(row) == 6]
+    assert segments == ["segment", *(own.segment for own in made.segments)]
+    assert "(" in rows_of(html)[2][1] and "<br>trains: " in html
 
 
 def test_a_plan_as_plain_data_goes_through_json():
