@@ -19,8 +19,9 @@ import typer
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, Trainer
 
 from hf_freeze import Recipe, cli, runs
-from hf_freeze.cli import demo_methods
+from hf_freeze.cli import demo_methods, tables
 from hf_freeze.data import EMBEDDED, embedded_model_path
+from hf_freeze.rendering import as_text
 from hf_freeze.runs import Outcome, load_base, read_record
 from tests.adapters import hub
 
@@ -219,7 +220,7 @@ def test_a_recipe_is_held_against_a_model(name, hf_freeze, model):
     found = json.loads(out)
     assert code == 0 and found["valid"] and found["class"] == "BertForSequenceClassification"
     assert 0 < found["trainable"] <= found["parameters"]
-    assert found["stages"] == {"gradual": 5, "fast": 3, "lp-ft": 2}.get(name, 1)
+    assert found["stages"] == {"gradual": 5, "lp-ft": 2}.get(name, 1)
     assert "fits BertForSequenceClassification" in hf_freeze("recipe", "check", name, "--model", model)[1]
 
 
@@ -246,6 +247,8 @@ def test_the_schema_is_printed_or_written(here, hf_freeze):
     assert json.loads(hf_freeze("recipe", "schema")[1]) == Recipe.json_schema()
     assert hf_freeze("recipe", "schema", "--output", "recipe.schema.json")[:2] == (0, "")
     assert json.loads(Path("recipe.schema.json").read_text()) == Recipe.json_schema()
+    code, out, err = hf_freeze("recipe", "schema", "--output", "films.csv/recipe.schema.json")
+    assert (code, out) == (2, "") and re.fullmatch("Error: The schema can't be written to 'films.csv/.*\n", err)
 
 
 # predict
@@ -568,6 +571,11 @@ def outcome(name: str, accuracy: float, trainable: int = 100) -> Outcome:
     return Outcome(Recipe(name=name), trainable, 100, 1.0, accuracy, accuracy, np.empty(0), None, None)
 
 
+def test_a_run_may_be_called_what_it_will():
+    table = tables.outcome_table([outcome("[/b] layers[k]", 0.5)])
+    assert "[/b] layers[k]" in as_text(table)
+
+
 @pytest.mark.parametrize(
     ("staged", "adapters", "expected"),
     [
@@ -616,3 +624,8 @@ def test_demo_compares_four_methods_and_runs_twice(here, hf_freeze, monkeypatch)
     assert [row.split("│")[1].strip() for row in rows] == list(demo_methods.SETTINGS)
     assert max(map(len, rows)) <= 80
     assert "points from full fine-tuning" in out and "bit for bit" in out
+    code, alone, told = hf_freeze("demo", "--seed", 3, "--json")
+    found = json.loads(alone)
+    shown = {row.split("│")[1].strip(): row.split("│")[5].strip() for row in rows}
+    assert code == 0 and {own["name"]: f"{own['accuracy']:.3f}" for own in found["methods"]} == shown
+    assert (found["seed"], found["output"]) == (3, "outputs/demo") and "bit for bit" in told

@@ -120,6 +120,10 @@ def schema(
     if output is None:
         print_json(content)
         return
+    from ..errors import DataError
     from ..writing import write_json
 
-    write_json(content, output)
+    try:
+        write_json(content, output)
+    except OSError as error:
+        raise DataError(f"The schema can't be written to '{output}' ({error.strerror}). Name another file.") from error

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def outcome_table(outcomes: Sequence[Outcome], title: str | None = None) -> Table:
     """Returns a table with one row for each run; it fits into 80 columns."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title)
     table.add_column("method", no_wrap=True)
@@ -28,7 +29,7 @@ def outcome_table(outcomes: Sequence[Outcome], title: str | None = None) -> Tabl
         table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(
-            outcome.recipe.name,
+            Text(outcome.recipe.name),  # as it is: rich reads brackets in a string as markup
             f"{outcome.trainable:,}",
             f"{outcome.trainable / outcome.parameters:.2%}",
             f"{outcome.seconds:.1f}",
