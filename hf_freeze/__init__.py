@@ -29,7 +29,7 @@ _HOMES = {
     "layers": ["LayerMap", "Segment", "layer_map"],
     "optim": ["parameter_groups"],
     "planning": ["Plan", "fits", "plan"],
-    "policies": ["AdaptiveFreezing", "Decision", "FreezePolicy", "GradientNormFreezing", "LayerStats"],
+    "policies": ["AdaptiveFreezing", "Decision", "FreezePolicy", "GradientNormFreezing", "LayerStats", "LisaSampling"],
     "recipes": ["Recipe"],
     "report.html": ["write_report"],
     "report.plots": ["plot_run"],
@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from .policies import FreezePolicy as FreezePolicy
     from .policies import GradientNormFreezing as GradientNormFreezing
     from .policies import LayerStats as LayerStats
+    from .policies import LisaSampling as LisaSampling
     from .recipes import Recipe as Recipe
     from .report.html import write_report as write_report
     from .report.plots import plot_run as plot_run

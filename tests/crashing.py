@@ -24,6 +24,7 @@ from hf_freeze import (
     AdaptiveFreezing,
     BottleneckConfig,
     GradientNormFreezing,
+    LisaSampling,
     Stage,
     StagedUnfreezing,
     last_whole_checkpoint,
@@ -36,7 +37,10 @@ STAGES = [
     Stage("5 epochs", "layers[0]", freeze="head"),
     Stage("80%", "embeddings, head", layer_decay=0.9),
 ]
-POLICIES = {"gradient_norm": lambda: GradientNormFreezing(every=2, window=3)}
+POLICIES = {
+    "gradient_norm": lambda: GradientNormFreezing(every=2, window=3),
+    "lisa": lambda: LisaSampling(layers=1, every=3),
+}
 TIMINGS = ("runtime", "per_second")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}
 BEST = {

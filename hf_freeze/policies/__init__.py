@@ -2,6 +2,7 @@
 
 from .callback import AdaptiveFreezing as AdaptiveFreezing
 from .gradient_norm import GradientNormFreezing as GradientNormFreezing
+from .lisa import LisaSampling as LisaSampling
 from .protocol import Decision as Decision
 from .protocol import FreezePolicy as FreezePolicy
 from .protocol import LayerStats as LayerStats

@@ -10,13 +10,14 @@ from crashing import POLICIES, Attempt, Setting, random_moments, results
 from training import differing
 
 KILLS = 4
+SHARED = ("gradient_norm", "lisa")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
-    [*(Setting(policy=name) for name in POLICIES), Setting(processes=2, policy="gradient_norm")],
-    ids=[*POLICIES, "two"],
+    [*(Setting(policy=name) for name in POLICIES), *(Setting(processes=2, policy=name) for name in SHARED)],
+    ids=[*POLICIES, *(f"two, {name}" for name in SHARED)],
 )
 def test_killed_and_resumed_a_run_ends_as_the_one_that_was_not_and_decides_alike(tmp_path, setting):
     assert Attempt(tmp_path / "whole", setting).end() == [0] * setting.processes
@@ -32,3 +33,5 @@ def test_killed_and_resumed_a_run_ends_as_the_one_that_was_not_and_decides_alike
         assert differing(whole["optimizer"], killed["optimizer"]) == []
         assert whole["history"] == killed["history"]
         assert sum("freeze/decision" in entry for entry in whole["history"]) >= 1
+    others = results(tmp_path / "killed", setting)
+    assert all(differing(others[0]["weights"], other["weights"]) == [] for other in others)
