@@ -29,7 +29,15 @@ _HOMES = {
     "layers": ["LayerMap", "Segment", "layer_map"],
     "optim": ["parameter_groups"],
     "planning": ["Plan", "fits", "plan"],
-    "policies": ["AdaptiveFreezing", "Decision", "FreezePolicy", "GradientNormFreezing", "LayerStats", "LisaSampling"],
+    "policies": [
+        "AdaptiveFreezing",
+        "Decision",
+        "FreezePolicy",
+        "GradientNormFreezing",
+        "LayerStats",
+        "LisaSampling",
+        "RelativeGradientTuning",
+    ],
     "recipes": ["Recipe"],
     "report.html": ["write_report"],
     "report.plots": ["plot_run"],
@@ -76,6 +84,7 @@ if TYPE_CHECKING:
     from .policies import GradientNormFreezing as GradientNormFreezing
     from .policies import LayerStats as LayerStats
     from .policies import LisaSampling as LisaSampling
+    from .policies import RelativeGradientTuning as RelativeGradientTuning
     from .recipes import Recipe as Recipe
     from .report.html import write_report as write_report
     from .report.plots import plot_run as plot_run

@@ -7,3 +7,4 @@ from .protocol import Decision as Decision
 from .protocol import FreezePolicy as FreezePolicy
 from .protocol import LayerStats as LayerStats
 from .protocol import Part as Part
+from .relative_gradient import RelativeGradientTuning as RelativeGradientTuning
