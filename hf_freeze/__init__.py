@@ -36,6 +36,7 @@ _HOMES = {
         "GradientNormFreezing",
         "LayerStats",
         "LisaSampling",
+        "PlasticityFreezing",
         "RelativeGradientTuning",
     ],
     "recipes": ["Recipe"],
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .policies import GradientNormFreezing as GradientNormFreezing
     from .policies import LayerStats as LayerStats
     from .policies import LisaSampling as LisaSampling
+    from .policies import PlasticityFreezing as PlasticityFreezing
     from .policies import RelativeGradientTuning as RelativeGradientTuning
     from .recipes import Recipe as Recipe
     from .report.html import write_report as write_report

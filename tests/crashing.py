@@ -25,6 +25,7 @@ from hf_freeze import (
     BottleneckConfig,
     GradientNormFreezing,
     LisaSampling,
+    PlasticityFreezing,
     RelativeGradientTuning,
     Stage,
     StagedUnfreezing,
@@ -42,6 +43,7 @@ POLICIES = {
     "gradient_norm": lambda: GradientNormFreezing(every=2, window=3),
     "lisa": lambda: LisaSampling(layers=1, every=3),
     "relative_gradient": lambda: RelativeGradientTuning(every=2, window=2),
+    "plasticity": lambda: PlasticityFreezing(every=2, window=1, tolerance=0.9),
 }
 TIMINGS = ("runtime", "per_second")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}

@@ -3,6 +3,7 @@
 from .callback import AdaptiveFreezing as AdaptiveFreezing
 from .gradient_norm import GradientNormFreezing as GradientNormFreezing
 from .lisa import LisaSampling as LisaSampling
+from .plasticity import PlasticityFreezing as PlasticityFreezing
 from .protocol import Decision as Decision
 from .protocol import FreezePolicy as FreezePolicy
 from .protocol import LayerStats as LayerStats

@@ -69,6 +69,7 @@ class AdaptiveFreezing(StagedUnfreezing):
         self._wrapper = lambda: None
         self._beginning = copy.deepcopy(policy.state_dict())
         self._gauge: Gauge | None = None
+        self._kept: dict[str, Any] = {}
         self._count = 0
         self._resumes = False
 
@@ -84,7 +85,7 @@ class AdaptiveFreezing(StagedUnfreezing):
             raise PolicyError(f"No layers of {type(model).__name__} train: a policy has nothing to decide on.")
         if trainer_launch(args, model).kind == FSDP1:
             raise PolicyError("Under FSDP1 gradients lie where no policy sees them. Set fsdp_config={'version': 2}.")
-        self._gauge = Gauge(model, parts, self.policy.reads, state.max_steps)
+        self._gauge = Gauge(model, parts, self.policy.reads, state.max_steps, self._kept)
         if not self._resumes:
             self._ask(state, self._gauge.read(state.global_step))
             self._enter(state, model)
@@ -121,6 +122,8 @@ class AdaptiveFreezing(StagedUnfreezing):
     ) -> None:
         """Ends as `StagedUnfreezing` does."""
         super().on_train_end(args, state, control, **kwargs)
+        if self._gauge is not None:
+            self._gauge.close()
         self._gauge = None
 
     def _engine_for(self, model: nn.Module) -> StageEngine:
@@ -137,6 +140,7 @@ class AdaptiveFreezing(StagedUnfreezing):
         before = known.get("policy", {})
         self._resumes = before.get("name") == type(self.policy).__name__
         self._count = before.get("decisions", 0)
+        self._kept = dict(before.get("measured", {}))
         self.policy.load_state_dict(before["state"] if self._resumes else copy.deepcopy(self._beginning))
 
     def _is_due(self, step: int, state: TrainerState) -> bool:
@@ -167,6 +171,7 @@ class AdaptiveFreezing(StagedUnfreezing):
                 "name": type(self.policy).__name__,
                 "decisions": self._count,
                 "state": copy.deepcopy(self.policy.state_dict()),
+                "measured": self._kept,  # the gauge may fill it before the next checkpoint
             },
         }
 

@@ -10,7 +10,7 @@ from crashing import POLICIES, Attempt, Setting, random_moments, results
 from training import differing
 
 KILLS = 4
-SHARED = ("gradient_norm", "lisa")
+SHARED = ("gradient_norm", "lisa", "plasticity")
 
 
 @pytest.mark.slow
