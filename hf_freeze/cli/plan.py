@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .train import _told
-
 if TYPE_CHECKING:
     from ..planning import Fit, Plan
     from ..recipes import Recipe
@@ -51,10 +49,11 @@ def plan(
     from rich.console import Console
 
     from .tables import print_json
+    from .telling import told
 
     if fits is None:
         options = {"model": model, "freeze": freeze, "batch_size": batch_size, "max_length": length}
-        found: Plan | Fit = _plan(_told(recipe, options, {}, adapter, unfreeze), length)
+        found: Plan | Fit = _plan(told(recipe, options, {}, adapter, unfreeze), length)
     else:
         _refuse({"--freeze": freeze, "--unfreeze": unfreeze, "--recipe": recipe})
         found = _fit(model, fits, adapter, batch_size, length)

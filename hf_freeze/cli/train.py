@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from ..adapters import BottleneckConfig
     from ..recipes import Recipe
-    from ..schedules import UnfreezeSchedule
 
 
 def train(
@@ -60,6 +58,7 @@ def train(
     Again, with the same result: hf-freeze train --recipe outputs/train/recipe.yaml --output outputs/again
     """
     from ..data import check_output_dir
+    from .telling import told
 
     check_output_dir(output, overwrite)
     options = {
@@ -68,7 +67,7 @@ def train(
         "warmup": int(warmup) if warmup and warmup.isdecimal() else warmup,
     }  # fmt: skip
     texts = {"name": dataset, "text_column": text_column, "label_column": label_column, "limit": limit}
-    _run(_told(recipe, options, texts, adapter, unfreeze), output, as_json)
+    _run(told(recipe, options, texts, adapter, unfreeze), output, as_json)
 
 
 def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
@@ -92,48 +91,3 @@ def _run(recipe: Recipe, output: Path, as_json: bool) -> None:
         keep(outcome, output, corpus)
     if as_json:
         print_json({**as_dict(outcome), "output": str(output)})
-
-
-def _told(
-    recipe: str | None, options: dict[str, Any], texts: dict[str, Any], adapter: int | None, unfreeze: str | None
-) -> Recipe:
-    """Returns the recipe, with what the options say in its place."""
-    from dataclasses import replace
-
-    from ..data import EMBEDDED
-    from ..recipes import Recipe, TextSource
-
-    told = Recipe.load(recipe) if recipe is not None else Recipe(name="train")
-    changes = {name: value for name, value in options.items() if value is not None}
-    if adapter is not None:
-        changes["adapter"] = _adapter(told.adapter, adapter)
-    if unfreeze is not None:
-        changes["unfreeze"] = _schedule(unfreeze)
-    if given := {name: value for name, value in texts.items() if value is not None}:
-        source = told.dataset if isinstance(told.dataset, TextSource) else TextSource(EMBEDDED)
-        changes["dataset"] = replace(source, **given)
-    return replace(told, **changes)
-
-
-def _adapter(told: BottleneckConfig | None, size: int) -> BottleneckConfig:
-    """Returns adapters of a size, and otherwise as the recipe has them."""
-    from ..adapters import BottleneckConfig
-    from ..recipes.parts import adapter_fields
-
-    own = {name: getattr(told, name) for name in adapter_fields()} if told else {}
-    return BottleneckConfig(**{**own, "bottleneck_size": size})
-
-
-def _schedule(unfreeze: str) -> UnfreezeSchedule | str:
-    from ..errors import ScheduleError, nearest
-    from ..presets import PRESETS
-    from ..schedules import UnfreezeSchedule
-
-    if unfreeze in PRESETS:
-        return unfreeze
-    if not Path(unfreeze).is_file():
-        raise ScheduleError(
-            f"--unfreeze {unfreeze!r} is no preset and no file.{nearest(unfreeze, PRESETS)} "
-            f"Write one of {', '.join(PRESETS)}, or name a schedule's YAML file."
-        )
-    return UnfreezeSchedule.from_yaml(Path(unfreeze))
