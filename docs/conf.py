@@ -19,7 +19,7 @@ default_role = "code"
 
 PAGES = (
     "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "prefix-cache", "plan",
-    "audit", "report", "recipes", "command-line", "architectures", "demo", "benchmarks", "api",
+    "audit", "report", "recipes", "search", "command-line", "architectures", "demo", "benchmarks", "api",
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ _HOMES = {
     "report.plots": ["plot_run"],
     "report.recording": ["RunRecorder"],
     "schedules": ["UnfreezeSchedule"],
+    "searching": ["SearchBudget", "SearchPoint", "SearchResult", "SearchSpace", "search"],
     "selectors": ["select"],
     "stages": ["Sample", "Stage"],
     "summary": ["trainable_summary"],
@@ -92,6 +93,11 @@ if TYPE_CHECKING:
     from .report.plots import plot_run as plot_run
     from .report.recording import RunRecorder as RunRecorder
     from .schedules import UnfreezeSchedule as UnfreezeSchedule
+    from .searching import SearchBudget as SearchBudget
+    from .searching import SearchPoint as SearchPoint
+    from .searching import SearchResult as SearchResult
+    from .searching import SearchSpace as SearchSpace
+    from .searching import search as search
     from .selectors import select as select
     from .stages import Sample as Sample
     from .stages import Stage as Stage

@@ -54,6 +54,10 @@ class RecipeError(FreezeError):
     """A recipe that can't be read, or a field of it with a value that can't be used."""
 
 
+class SearchError(FreezeError):
+    """A search that can't be made: without Optuna, in a folder of another one, in a space in which nothing runs."""
+
+
 class DataError(FreezeError):
     """A data set, a model folder or an output folder that can't be used."""
 

@@ -19,6 +19,7 @@ from .plan import plan
 from .predict import predict
 from .recipe import recipes
 from .report import report
+from .search import search
 from .train import train
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, predict, inspect, plan, audit, report, convert):
+for command in (demo, train, predict, inspect, plan, search, audit, report, convert):
     app.command()(command)
 app.add_typer(recipes, name="recipe")
 
