@@ -1,4 +1,4 @@
-"""The pictures that are lines over steps: loss, metrics, learning rates, seconds of a step, hits of the cache.
+"""The pictures with numbers over steps: loss, metrics, decisions, learning rates, times, hits of the cache.
 
 What lives here: what draws them into axes, and the numbers that they show. What may not: figures, files. How data
 passes through:
@@ -76,6 +76,34 @@ def _line(axes: Axes, record: RunRecord, key: str, label: str, at: int, marker: 
             "x: not a number", (1, 0.05), xycoords="axes fraction", ha="right", va="bottom", color=line.get_color()
         )
     return line
+
+
+def draw_decisions(axes: Axes, record: RunRecord, theme: Theme) -> Notes:
+    """Draws what a policy decided by: a point for each part, full where it was frozen, a bar for the threshold."""
+    decisions = [own for own in record.decisions if own.statistics]
+    kinds = {"goes on": (LINES[0], False), "freezes": (LINES[1], True)}
+    drawn: list[Any] = []
+    for label, (colour, frozen) in kinds.items():
+        points = [
+            (own.step, value)
+            for own in decisions
+            for name, value in own.statistics.items()
+            if math.isfinite(value) and (name in own.frozen) == frozen
+        ]
+        if points:
+            steps, values = np.array(points).T
+            face = colour if frozen else "none"
+            drawn.append(axes.scatter(steps, values, s=16, edgecolors=colour, facecolors=face, label=label))
+    if bars := [(own.step, own.threshold) for own in decisions if own.threshold is not None]:
+        steps, values = np.array(bars).T
+        half = max(0.3, 0.015 * record.done)
+        drawn.append(axes.hlines(values, steps - half, steps + half, color=theme.ink, linewidth=1.6, label="threshold"))
+    every = [value for own in decisions for value in own.statistics.values() if math.isfinite(value)]
+    if every and min(every) > 0 and max(every) > 20 * min(every):
+        axes.set_yscale("log")
+    axes.set_ylabel("statistic")
+    legend_below(axes, drawn)
+    return {}
 
 
 def rate_lines(record: RunRecord) -> dict[str, tuple[list[int], list[float]]]:

@@ -26,7 +26,7 @@ from ..errors import DataError
 from ..writing import replacing
 from .curves import time_text
 from .plots import NARROW, WIDE, Picture, figure_of, pictures_of, require_matplotlib
-from .reading import RecordedStage, RunRecord, outline, read_run
+from .reading import RecordedDecision, RecordedStage, RunRecord, outline, read_run
 from .themes import PAGE
 
 REPORT_FILE = "report.html"
@@ -47,8 +47,19 @@ class StageRow:
     loss: str
 
 
+@dataclass(frozen=True)
+class DecisionRow:
+    """A row of the table of decisions, as text."""
+
+    step: str
+    does: str
+    reason: str
+    statistics: str
+    threshold: str
+
+
 def write_report(output_dir: str | Path, path: str | Path | None = None) -> Path:
-    """Writes the report of a run: its pictures, stages, metrics, audit, certificate and recipe, in one file.
+    """Writes the report of a run: its pictures, stages, decisions, metrics, audit, certificate and recipe, in one file.
 
     The file needs no network and no other file. Without matplotlib it has the tables alone, and says so.
 
@@ -100,6 +111,8 @@ def page_of(record: RunRecord, title: str) -> str:
         note=note,
         stages=stage_rows(record),
         more=max(0, len(record.stages) - _SHOWN),
+        decisions=decision_rows(record),
+        undecided=max(0, len(record.decisions) - _SHOWN),
         metrics=metric_rows(record),
         audit=record.audit,
         certificate=record.certificate,
@@ -193,6 +206,23 @@ def _stage_row(record: RunRecord, stage: RecordedStage) -> StageRow:
     )
 
 
+def decision_rows(record: RunRecord) -> list[DecisionRow]:
+    """Returns the table of what a policy decided."""
+    return [_decision_row(decision) for decision in record.decisions[:_SHOWN]]
+
+
+def _decision_row(decision: RecordedDecision) -> DecisionRow:
+    scaled = ", ".join(f"{selector} at {factor:.2g} of its rate" for selector, factor in decision.scale.items())
+    does = {"freezes": decision.freezes, "unfreezes": decision.unfreezes, "sets": scaled}
+    return DecisionRow(
+        step=f"{decision.step:,}",
+        does="; ".join(f"{verb} {what}" for verb, what in does.items() if what),
+        reason=decision.reason,
+        statistics=", ".join(f"{name} {number(value)}" for name, value in decision.statistics.items()),
+        threshold="" if decision.threshold is None else number(decision.threshold),
+    )
+
+
 def metric_rows(record: RunRecord) -> tuple[Sequence[str], list[list[str]]]:
     """Returns the table of evaluations: the names of the metrics, and a row of texts a step."""
     names = record.metrics
@@ -220,6 +250,10 @@ def in_short(record: RunRecord) -> dict[str, Any]:
         "stages": [
             {"number": own.number, "first": own.first, "end": own.end, "trains": dict(own.trains)}
             for own in record.stages
+        ],
+        "decisions": [
+            {"step": own.step, "reason": own.reason, "freezes": own.freezes or None, "unfreezes": own.unfreezes or None}
+            for own in record.decisions
         ],
         "metrics": {key: value if math.isfinite(value) else None for key, value in last.items()},
         "findings": None if record.audit is None else [own.get("code") for own in record.audit["findings"]],

@@ -67,8 +67,13 @@ def begin(path: Path, entry: Mapping[str, Any], history: Iterable[Mapping[str, A
 
 
 def _stays(line: Mapping[str, Any], step: int) -> bool:
-    """Returns whether a line tells of what was done before a step; a stage's tells of the step behind it."""
-    return line["kind"] != "end" and (line["step"] < step or (line["step"] == step and line["kind"] != "stage"))
+    """Returns whether a line tells of what was done before a step; a stage's tells of the step behind it.
+
+    Decisions are all written anew, from the checkpoint's log history.
+    """
+    return line["kind"] not in ("end", "decision") and (
+        line["step"] < step or (line["step"] == step and line["kind"] != "stage")
+    )
 
 
 def as_line(entry: Mapping[str, Any]) -> str:

@@ -77,6 +77,11 @@ def pictures_of(record: RunRecord) -> tuple[Picture, ...]:
             grids.draw_gradients, lambda own: any(log.gradients for log in own.logs), rows=True,
         ),
         Picture(
+            "decisions", "Decisions",
+            "What a policy decided by, layer by layer: full are those that it froze, bars its thresholds.",
+            curves.draw_decisions, lambda own: any(decision.statistics for decision in own.decisions),
+        ),
+        Picture(
             "loss", "Loss", "Loss over the run, with the stages.", curves.draw_loss,
             lambda own: bool(own.series("loss")[0]),
         ),
@@ -106,7 +111,7 @@ def figure_of(record: RunRecord, picture: Picture, theme: Theme = LIGHT, width: 
 
 
 def plot_run(output_dir: str | Path, save: str | Path | None = None, dark: bool = False) -> Figure:
-    """Draws a run: what trained when, loss, metrics, gradients, learning rates, the time of a step, hits of the cache.
+    """Draws a run: what trained when, and what a policy decided by; loss, metrics, gradients, rates, times, cache.
 
     What is drawn is what the run has left. A run with `RunRecorder` has all; an ordinary Trainer's run has what it
     logged: loss, metrics, one rate.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .lines import RECORD_FILE, lines_of
 STATE_FILE = "trainer_state.json"
 AUDIT_FILE, CERTIFICATE_FILE, RECIPE_FILE = "audit.json", "certificate.json", "recipe.yaml"
 _RATE = "freeze/lr/"  # what `StagedUnfreezing` logs of each segment that trains
+_DECIDED = ("freezes", "unfreezes", "scale", "statistics", "threshold")  # what `AdaptiveFreezing` tells of a decision
 _LAYER = re.compile(r"(?P<stack>.*layers)\[(?P<index>\d+)\](?P<inside>.*)")
 
 
@@ -76,6 +77,35 @@ class RecordedLog:
 
 
 @dataclass(frozen=True)
+class RecordedDecision:
+    """What a policy has decided.
+
+    Attributes:
+        step: Optimizer steps done before.
+        reason: Why.
+        freezes: The selector of what stopped, if anything did.
+        unfreezes: The selector of what began to train again.
+        scale: Factors on rates, by selector.
+        statistics: What it was decided by, part by part.
+        threshold: What they were held against.
+    """
+
+    step: int
+    reason: str
+    freezes: str = ""
+    unfreezes: str = ""
+    scale: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    threshold: float | None = None
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The parts of `statistics` that it froze."""
+        named = {term.partition(" - ")[0].removesuffix(".adapters") for term in self.freezes.split(", ")}
+        return frozenset(named & self.statistics.keys())
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run, as it was written down.
 
@@ -90,6 +120,7 @@ class RunRecord:
         logs: What was logged, in order.
         started: The rates at the first step of each stage: steps done before it, and the rate of each segment.
         seconds: The seconds of each step, by the steps done with it.
+        decisions: What a policy decided, in order.
         audit: What `audit.json` holds, if there is one.
         certificate: What `certificate.json` holds, if there is one.
         recipe: The text of `recipe.yaml`, if there is one.
@@ -105,6 +136,7 @@ class RunRecord:
     logs: tuple[RecordedLog, ...]
     started: tuple[tuple[int, Mapping[str, float]], ...] = ()
     seconds: Mapping[int, float] = field(default_factory=dict)
+    decisions: tuple[RecordedDecision, ...] = ()
     audit: Mapping[str, Any] | None = None
     certificate: Mapping[str, Any] | None = None
     recipe: str | None = None
@@ -175,7 +207,8 @@ def from_lines(path: Path, lines: Sequence[Mapping[str, Any]], others: Mapping[s
 
 
 def _read(path: Path, lines: Sequence[Mapping[str, Any]], others: Mapping[str, Any]) -> RunRecord:
-    of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("run", "stage", "log", "step", "end")}
+    kinds = ("run", "stage", "log", "step", "decision", "end")
+    of = {kind: [line for line in lines if line["kind"] == kind] for kind in kinds}
     run = of["run"][-1]
     done = max(line["step"] + (line["kind"] == "stage") for line in lines)
     return RunRecord(
@@ -196,6 +229,7 @@ def _read(path: Path, lines: Sequence[Mapping[str, Any]], others: Mapping[str, A
             for line in of["step"]
             for at, own in enumerate(line["seconds"], start=1)
         },
+        decisions=tuple(map(_decision, of["decision"])),
         **others,
     )
 
@@ -234,8 +268,23 @@ def from_state(path: Path, state: Mapping[str, Any], others: Mapping[str, Any]) 
         segments=tuple(RecordedSegment(name, _kind(name), None) for name in sorted(names, key=_depth)),
         stages=_stages_of(logs, starts, done),
         logs=logs,
+        decisions=tuple(map(_decision, decisions_in(state.get("log_history", ())))),
         **others,
     )
+
+
+def decisions_in(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the decisions that `AdaptiveFreezing` has put into a log history, as they stand in lines of a record."""
+    found = [entry for entry in history if "freeze/decision" in entry]
+    keys = {"reason": "freeze/decision", **{key: f"freeze/{key}" for key in _DECIDED}}
+    return [{"step": entry["step"], **{k: entry[own] for k, own in keys.items() if own in entry}} for entry in found]
+
+
+def _decision(line: Mapping[str, Any]) -> RecordedDecision:
+    return RecordedDecision(
+        line["step"], line["reason"], line.get("freezes") or "", line.get("unfreezes") or "",
+        _floats(line.get("scale", {})), _floats(line.get("statistics", {})), line.get("threshold"),
+    )  # fmt: skip
 
 
 def _log_of(entry: Mapping[str, Any]) -> RecordedLog:

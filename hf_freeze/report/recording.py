@@ -11,6 +11,7 @@ The lines, by their ``kind``; all steps count the optimizer steps done:
     stage  before the step that is the first to train something else: the share of each segment that trains, its rate
     log    what the Trainer logged; with a loss, the rates and the norms of the gradients of the step just done too
     step   the seconds of the steps before, the last of which is ``step``
+    decision  what a policy has decided behind ``step`` steps, and by what
     end    that training has ended
 """
 
@@ -37,6 +38,7 @@ from ..layers import layer_map
 from ..resuming import RECORD
 from .gradients import gradient_norms
 from .lines import RECORD_FILE, as_line, begin, numbers
+from .reading import decisions_in
 
 Held = dict[str, list[nn.Parameter]]  # the parameters in each segment
 
@@ -71,6 +73,7 @@ class RunRecorder(TrainerCallback):
         self._measures = self._sharded = False
         self._measured: dict[str, Any] = {}
         self._logs: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
+        self._seen = 0  # entries of the log history that have been looked through for decisions
         self._clock = _Clock()
 
     def on_train_begin(
@@ -85,6 +88,7 @@ class RunRecorder(TrainerCallback):
         self._measures = trainer_launch(args, model).kind != FSDP1
         self._epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
         self._trains, self._logs, self._measured, self._clock = None, [], {}, _Clock()
+        self._seen = 0
         if not state.is_world_process_zero:
             return
         self._path = Path(self.folder or args.output_dir) / RECORD_FILE
@@ -111,7 +115,7 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         """Writes what has been logged, with all that other callbacks have put into it since; starts the clock."""
         self._clock.start(state.global_step + 1)
-        self._flush()
+        self._flush(state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,11 +160,11 @@ class RunRecorder(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes what has been logged, after training too."""
-        self._flush()
+        self._flush(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes all that is known, so that the record is not behind the checkpoint."""
-        self._flush()
+        self._flush(state)
         self._write(self._clock.taken())
 
     def on_train_end(
@@ -168,7 +172,7 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         """Writes the rest, and lets go of the model."""
         self._clock.stop()
-        self._flush()
+        self._flush(state)
         self._write([*self._clock.taken(), {"kind": "end", "step": state.global_step, "time": _now()}])
         self._held, self._parameters, self._measured = {}, [], {}
 
@@ -194,9 +198,11 @@ class RunRecorder(TrainerCallback):
         factor = total / args.max_grad_norm if args.max_grad_norm and total > args.max_grad_norm else 1.0
         return {name: norm * factor for name, norm in self._measured["norms"]().items()}
 
-    def _flush(self) -> None:
+    def _flush(self, state: TrainerState) -> None:
         logs, self._logs = self._logs, []
         entries = [{"kind": "log", "step": step, "logs": numbers(logged), **own} for step, logged, own in logs]
+        entries += [{"kind": "decision", **own} for own in decisions_in(state.log_history[self._seen :])]
+        self._seen = len(state.log_history)
         self._write([*self._clock.taken(), *entries] if entries else ())
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
