@@ -18,8 +18,8 @@ autodoc_typehints_description_target = "documented"
 default_role = "code"
 
 PAGES = (
-    "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "prefix-cache", "plan",
-    "audit", "report", "recipes", "search", "command-line", "architectures", "demo", "benchmarks", "api",
+    "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "policies", "prefix-cache",
+    "plan", "audit", "report", "recipes", "search", "command-line", "architectures", "demo", "benchmarks", "api",
 )  # fmt: skip
 
 
