@@ -31,6 +31,7 @@ from .codecs import DTYPES, STORED, require_dtype
 from .prefix import find_prefixes
 from .serving import Counts, Done, Server, Settings, Turn
 from .storage import Room
+from .trial import seeded, undone
 
 
 class PrefixCache(TrainerCallback):
@@ -128,6 +129,7 @@ class PrefixCache(TrainerCallback):
     def detach(self) -> None:
         """Takes the hooks off the model, and lets go of the rows; those in a folder stay there."""
         for server in self._servers:
+            server.check_at_end()
             for name in vars(self._past):
                 setattr(self._past, name, getattr(self._past, name) + getattr(server.counts, name))
             server.close()
@@ -167,7 +169,7 @@ class PrefixCache(TrainerCallback):
             )
         model = self._servers[0].model
         order = sorted(range(len(dataset)), key=lambda index: _length(dataset[index]))
-        with self._only_filling(), torch.no_grad(), tqdm(total=len(order), desc="prefix", unit="row") as bar:
+        with self._only_filling(model), tqdm(total=len(order), desc="prefix", unit="row") as bar:
             for begin in range(0, len(order), batch_size):
                 rows = [dataset[index] for index in order[begin : begin + batch_size]]
                 batch = collator(rows)
@@ -177,11 +179,13 @@ class PrefixCache(TrainerCallback):
                 bar.update(len(rows))
 
     @contextmanager
-    def _only_filling(self) -> Iterator[None]:
+    def _only_filling(self, model: nn.Module) -> Iterator[None]:
+        """Lets a call end where the cache is filled; what runs before, such as one of two towers, leaves no trace."""
         for server in self._servers:
             server.filling = True
         try:
-            yield
+            with torch.no_grad(), seeded(), undone(model):
+                yield
         finally:
             for server in self._servers:
                 server.filling = False

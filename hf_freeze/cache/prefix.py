@@ -31,7 +31,8 @@ class Prefix:
         embeddings: The modules before the layers.
         layers: The modules of each layer, in depth order.
         outside: What else lies in `entry`: norms, poolers, shared parts.
-        complete: Whether these are all layers of the stack: a prefix ends before the first that has adapters.
+        place: What stands before a layer's name: ``encoder.`` where there are several stacks, else nothing.
+        end: Why the next layer of the stack does not belong to it: it has adapters; nothing where these are all.
     """
 
     stack: str
@@ -39,16 +40,16 @@ class Prefix:
     embeddings: tuple[nn.Module, ...]
     layers: tuple[tuple[nn.Module, ...], ...]
     outside: tuple[nn.Parameter, ...]
-    complete: bool
+    place: str
+    end: str
 
     def depth(self) -> tuple[int, str]:
         """Returns how many layers from the bottom are frozen and still, and why it is not one more."""
         for index, unit in enumerate(self._units):
             if reason := unit.lively():
-                return max(
-                    index - 1, 0
-                ), f"{f'layers[{index - 1}]' if index else 'the part before the layers'} {reason}"
-        return len(self.layers), "" if self.layers else "layers[0] has adapters, or there are no layers"
+                name = f"layers[{index - 1}]" if index else "embeddings"
+                return max(index - 1, 0), f"{self.place}{name} {reason}"
+        return len(self.layers), self.end
 
     @cached_property
     def _units(self) -> tuple[_Unit, ...]:
@@ -123,7 +124,8 @@ def find_prefixes(model: nn.Module) -> tuple[Prefix, ...]:
 def _prefix(layers: LayerMap, stack: str) -> Prefix:
     own = [segment for segment in layers.layers if segment.stack == stack]
     adapted = {s.index for s in layers if s.kind == "adapters" and s.stack == stack}
-    kept = list(itertools.takewhile(lambda segment: segment.index not in adapted and segment.passes == 1, own))
+    ends = [_end(segment, segment.index in adapted) for segment in own]
+    kept = own[: next((index for index, end in enumerate(ends) if end), len(own))]
     before = [s for s in layers if s.kind == "embeddings" and s.stack in (stack, None)]
     names = [name for segment in [*before, *own] if segment.stack == stack for name in segment.module_names]
     names += [name for s in before if len(layers.stacks) == 1 for name in s.module_names]
@@ -135,8 +137,16 @@ def _prefix(layers: LayerMap, stack: str) -> Prefix:
         tuple(_all(layers, before)),
         tuple(tuple(_all(layers, [segment])) for segment in kept),
         tuple(parameter for parameter in entry.parameters() if id(parameter) not in held),
-        complete=len(kept) == len(own),
+        own[0].name.removesuffix("layers[0]"),
+        next(filter(None, ends), ""),
     )
+
+
+def _end(segment: Segment, adapted: bool) -> str:
+    """Returns why a prefix ends before a layer; nothing where it does not."""
+    if segment.passes > 1:
+        return f"{segment.name} runs {segment.passes} times in a pass"
+    return f"{segment.name} has adapters" if adapted else ""
 
 
 def _modules(layers: LayerMap, name: str) -> nn.Module:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ MULTIPLE = 16
 _DECODING = ("past_key_values", "encoder_hidden_states", "cache_params")
 _RECORDING = ("output_hidden_states", "output_attentions")
 _CHANGED = "Frozen weights have been changed: what was cached of them is dropped."
+_UNSEEN = "Frozen weights were changed past torch's notice (`.data`): rows of those before may have been served since."
+# What a configuration says of heads, files and outputs; transformers sets some of it when a model is first called.
+_NO_FACTS = ("problem_type", "id2label", "label2id", "num_labels", "architectures", "_name_or_path", "use_cache")
 _Name = tuple[int, bool, tuple[torch.dtype, ...]]  # a depth, whether of the first token alone, autocast's dtypes
 _CHECK_SHARE = 0.01  # of the time that may go into checksums of the weights
 
@@ -80,9 +83,15 @@ class _Depth:
 
 @dataclass
 class Turn:
-    """What the servers of a model share: whether one of them runs it by itself, so that none serves."""
+    """What the servers of a model share.
+
+    Attributes:
+        taken: Whether one of them runs the model by itself, so that none serves.
+        waiting: Those whose entry is still to be called, in a call that is to fill the cache.
+    """
 
     taken: bool = False
+    waiting: set[Any] = field(default_factory=set)
 
 
 class Done(Exception):
@@ -112,11 +121,12 @@ class Server:
         self._layouts: dict[tuple[Any, ...], Layout | None] = {}
         self._layout: Layout | None = None  # of the call that is under way
         self._full = self._served = False
+        self._frozen: tuple[Any, ...] = ()  # what was frozen in the call before
         self._checked, self._check_took = time.perf_counter(), 0.0
         self._replaced = ExitStack()
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True, prepend=True),
-            prefix.entry.register_forward_pre_hook(_Hook(self._serve), with_kwargs=True),
+            prefix.entry.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True),
             prefix.entry.register_forward_hook(_Hook(self._end), always_call=True),
             model.register_forward_hook(_Hook(self._over), always_call=True),
         ]
@@ -134,7 +144,10 @@ class Server:
             self._drop(depth)
 
     def check_weights(self) -> None:
-        """Drops rows of weights that were changed past torch's notice (``weight.data``); takes 1% of time at most."""
+        """Drops rows of weights that were changed past torch's notice (``weight.data``); takes 1% of time at most.
+
+        Where epochs are shorter than a hundred times that, not each of them begins with it.
+        """
         began = time.perf_counter()
         if (began - self._checked) * _CHECK_SHARE < self._check_took:
             return
@@ -145,22 +158,33 @@ class Server:
         self._checked = time.perf_counter()
         self._check_took = self._checked - began
 
+    def check_at_end(self) -> None:
+        """Tells of weights that were changed past torch's notice since they were looked at last."""
+        for depth in self._depths.values():
+            if versions(depth.tensors) == depth.versions and checksum(depth.tensors) != depth.checksum:
+                self.tell(_UNSEEN)
+
     # What happens in a call
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._idle():
             return
         self._layout = None
-        inputs = named_inputs(model, args, kwargs)
-        if reason := self._strange_call(model, inputs):
-            self.tell(f"The prefix cache stands aside where {reason}.")
-            return
+        if self.filling:
+            self.turn.waiting.add(self)
         depth, reason = self.prefix.depth()
+        outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
+        if (depth, outside) != self._frozen:
+            self._frozen = depth, outside
+            self._drop_training()
+        inputs = named_inputs(model, args, kwargs)
+        if strange := self._strange_call(model, inputs):
+            self.tell(f"The prefix cache stands aside where {strange}.")
+            return
         if not depth:
             self.tell(f"The prefix cache stands aside: {reason}, so that there is no frozen prefix.")
             return
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
         cut = token_mask(inputs) is not None
         situation = (depth, model.training, autocast, outside, cut)
         if situation not in self._layouts:
@@ -173,6 +197,9 @@ class Server:
             return examine(self.model, self.prefix, depth, args, kwargs)
         except Unfit as error:
             self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {error}.")
+        except Exception as error:  # what a model raises of two rows may be no error in the call itself
+            told = f"it fails on a few rows ({type(error).__name__}: {error})"
+            self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {told}.")
         finally:
             self.turn.taken = False
         return None
@@ -190,9 +217,15 @@ class Server:
                 return f"{name} is given, a {type(value).__name__}, which the call may change"
         return self._asked_for(inputs, getattr(model, "config", None))
 
-    def _serve(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._idle():
             return
+        self._serve(entry, args, kwargs)
+        self.turn.waiting.discard(self)
+        if self.filling and not self.turn.waiting:
+            raise Done
+
+    def _serve(self, entry: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layout, inputs = self._layout, named_inputs(entry, args, kwargs)
         if layout is None or not batch_size(inputs):
             self.counts.passed += batch_size(inputs)
@@ -213,8 +246,6 @@ class Server:
             self.counts.passed += len(rows)
             self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {error}.")
             return
-        if self.filling:
-            raise Done
         length = inputs[MASK].shape[1] if layout.by_tokens else 0
         self._replaced.enter_context(replaced(self.prefix, layout, hidden, len(rows), length))
         self._served = True
@@ -230,6 +261,7 @@ class Server:
         if self._served and isinstance(output, MutableMapping) and output.get("past_key_values") is not None:
             output["past_key_values"] = None  # the layers that were not run have put nothing there
         self._layout, self._served = None, False
+        self.turn.waiting.discard(self)
 
     def _asked_for(self, inputs: Mapping[str, Any], config: Any) -> str | None:
         for name in (*_RECORDING, *(name for name in inputs if name.startswith("output_"))):
@@ -354,7 +386,7 @@ class Server:
             "transformers": transformers.__version__,
             "autocast": [str(dtype) for dtype in name[2]],
         }
-        meta["weights"] = fingerprint(tensors, sorted(meta.items()), config.to_json_string() if config else "")
+        meta["weights"] = fingerprint(tensors, sorted(meta.items()), _facts(config))
         try:
             store = Store(settings.dtype, self.room, settings.folder / str(meta["weights"])[:16], meta)
         except OSError as error:
@@ -364,8 +396,21 @@ class Server:
             self.tell(f"The prefix cache begins anew: {store.refused}.")
         return store
 
+    def _drop_training(self) -> None:
+        """Drops rows of what trains now: fused optimizers write past torch's versions, so that those tell nothing."""
+        for name, depth in list(self._depths.items()):
+            if any(tensor.requires_grad for tensor in depth.tensors):
+                self._drop(name)
+
     def _drop(self, name: _Name) -> None:
         self._depths.pop(name).store.close()
+
+
+def _facts(config: Any) -> str:
+    """Returns what a configuration says of how hidden states are computed."""
+    if config is None:
+        return ""
+    return repr(sorted((name, value) for name, value in config.to_dict().items() if name not in _NO_FACTS))
 
 
 class _Hook:

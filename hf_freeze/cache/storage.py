@@ -223,12 +223,14 @@ class Store:
         if (found := read_json(folder / META)) != meta:
             differing = sorted(key for key in {*found, *meta} if found.get(key) != meta.get(key))
             raise CacheError(f"the rows in {str(folder)!r} are of another {differing[0]}")
-        for number in range(len(list(folder.glob("chunk-*.bin")))):
+        records = list(_records(folder / INDEX))
+        # A file behind those may have been made by a process that was killed before it wrote to it.
+        for number in range(max((place.chunk + 1 for _, place, _, _ in records), default=0)):
             self._chunks.append(self.room.mapped(_map(folder / f"chunk-{number}.bin")))
         end = 0
-        for key, place, in_record, of_row in _records(folder / INDEX):
+        for key, place, in_record, of_row in records:
             size = encoded_bytes(place.shape, self.dtype)
-            if place.chunk >= len(self._chunks) or place.offset + size > self._chunks[place.chunk].numel():
+            if place.offset + size > self._chunks[place.chunk].numel():
                 raise CacheError(f"'{folder / f'chunk-{place.chunk}.bin'}' is cut off")
             self._forget(key)  # one that was broken has been written once more
             self.places[key], self._unread[key] = place, (in_record, of_row)

@@ -65,8 +65,8 @@ def examine(model: nn.Module, prefix: Prefix, depth: int, args: tuple[Any, ...],
         Unfit: it can't be; the message says why.
     """
     call = _few_rows(model, args, kwargs)
-    with _undone(model):
-        with _seeded(), torch.enable_grad(), _traced(prefix.outside):
+    with undone(model):
+        with seeded(), torch.enable_grad(), _traced(prefix.outside):
             seen = _watch(model, prefix, depth, call)
         layout = _layout(prefix, depth, seen)
         _require_still(prefix, depth, seen)
@@ -80,7 +80,7 @@ def examine(model: nn.Module, prefix: Prefix, depth: int, args: tuple[Any, ...],
 def _require_still(prefix: Prefix, depth: int, seen: _Watched) -> None:
     """Refuses a prefix that gives other hidden states another time, or to a row alone."""
     hidden = seen.hidden
-    with _seeded(OTHER_SEED):
+    with seeded(OTHER_SEED):
         before = _random_states()
         again = run_prefix(prefix, seen.inputs, [depth], None)[depth]
         if _random_states() != before or not _same(again, hidden):
@@ -98,7 +98,7 @@ def _ignores_padding(model: nn.Module, prefix: Prefix, layout: Layout, seen: _Wa
         masked = _with_padding(model, seen.call)
         if masked is None:
             return False
-        with _seeded(), torch.no_grad():
+        with seeded(), torch.no_grad():
             seen = _watch(model, prefix, layout.depth, masked)
         if token_mask(seen.inputs) is None or bool((seen.inputs[MASK] != 0).all()):
             return False
@@ -152,7 +152,7 @@ def _without_padding(result: Any, rows: list[Row], seen: _Watched) -> list[Tenso
 def _with_first_token(model: nn.Module, prefix: Prefix, layout: Layout, seen: _Watched) -> Layout:
     """Returns the layout, with only the first token kept where that gives the same outputs."""
     hidden = seen.hidden
-    if layout.depth < len(prefix.layers) or not prefix.complete or not layout.by_tokens or hidden.dim() != 3:
+    if layout.depth < len(prefix.layers) or prefix.end or not layout.by_tokens or hidden.dim() != 3:
         return layout
     if int((seen.inputs[MASK] != 0).sum(1).min()) < 2:  # the first token is the last one too
         return layout
@@ -169,7 +169,7 @@ def _replay(model: nn.Module, prefix: Prefix, layout: Layout, hidden: Tensor, se
     rows, mask = batch_size(seen.inputs), token_mask(seen.inputs)
     length = 0 if mask is None else mask.shape[1]
     args, kwargs = seen.call
-    with _seeded(), torch.no_grad(), replaced(prefix, layout, hidden, rows, length, blank=True):
+    with seeded(), torch.no_grad(), replaced(prefix, layout, hidden, rows, length, blank=True):
         try:
             return model(*args, **kwargs)
         except Exception as error:  # whatever a model raises that does not go with what stands in
@@ -300,6 +300,8 @@ def _few_rows(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def _near(one: Tensor, other: Tensor) -> bool:
     """Tells whether hidden states are the same but for the rounding of another batch."""
+    if one.shape != other.shape:  # Longformer adds padding of its own
+        return False
     low = one.dtype.itemsize < 4 or torch.is_autocast_enabled(one.device.type)
     return bool((one - other).float().norm() <= (0.05 if low else 1e-3) * other.float().norm())
 
@@ -326,7 +328,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _seeded(seed: int | None = None) -> Iterator[None]:
+def seeded(seed: int | None = None) -> Iterator[None]:
     """Gives torch's random numbers back as they were, behind the block; numpy's and Python's too."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -350,13 +352,13 @@ def _random_states() -> list[Any]:
 
 
 @contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
+def undone(model: nn.Module) -> Iterator[None]:
     """Gives buffers back what they held: BatchNorm behind the prefix counts each pass in train mode."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, content in before:
-                if buffer._version != version:
+            for buffer, content in before:
+                if not torch.equal(buffer, content):  # their versions don't tell: batch_norm writes past them
                     buffer.copy_(content)
