@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -106,7 +107,7 @@ def step_seconds(rows: list[dict[str, Any]], told: dict[str, int] | None, steps:
     clock = StepClock()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(
+        trainer = Trainer(
             model,
             TrainingArguments(
                 folder, per_device_train_batch_size=16, max_steps=steps + WARM + 1, learning_rate=2e-4, seed=SEED,
@@ -116,7 +117,9 @@ def step_seconds(rows: list[dict[str, Any]], told: dict[str, int] | None, steps:
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=rows,
             callbacks=[clock, *([AuditCallback(**told)] if told else [])],
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.pop_callback(PrinterCallback)
+        trainer.train()
     begins = clock.begins[WARM:]
     return statistics.median(later - earlier for earlier, later in pairwise(begins))
 
