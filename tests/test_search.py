@@ -29,7 +29,7 @@ from hf_freeze.searching.front import pareto
 from hf_freeze.searching.judging import Behind, Judge, Refused
 from hf_freeze.searching.pace import Pace
 from hf_freeze.searching.space import frozen
-from hf_freeze.searching.study import PACE, REFUSED, WORKER, Desk
+from hf_freeze.searching.study import PACE, REFUSED, STOPPED, WORKER, Desk
 
 gc.freeze()  # accelerate 1.15 collects garbage at the start of each train(): see tests/training.py
 LAYERS, WIDTH = 4, 16
@@ -402,6 +402,16 @@ def test_the_draws_are_seeded(tmp_path):
                 desk.finish(trial, SearchPoint(0, Recipe(), 0.5, 1, 1.0))
     assert drawn[0] == drawn[1] != drawn[2]
     assert len({*drawn[0], *drawn[2]}) == 4
+
+
+def test_draws_go_on_where_most_recipes_were_refused_or_stopped(tmp_path):
+    space, point = SearchSpace(), SearchPoint(0, Recipe(), 0.5, 1, 1.0)
+    with asked(tmp_path, trials=99) as desk:
+        for number in range(16):  # Optuna's sampler looks at what came before from the eleventh on
+            trial = desk.take()
+            space.draw(trial, Recipe(), LAYERS, WIDTH)
+            desk.finish(trial, point) if number == 3 else desk.end(trial, STOPPED if number % 2 else REFUSED, "why")
+    assert len(trials_in(tmp_path)) == 16
 
 
 def test_a_space_in_which_nothing_runs_is_told(tmp_path, monkeypatch):
