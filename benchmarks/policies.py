@@ -120,7 +120,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     every, seeds = ways(), 1 if options.quick else options.seeds
     for seed in range(seeds):
-        corpus = load_corpus(seed=seed, limit=96 if options.quick else TEXTS)
+        corpus = load_corpus(seed=seed, limit=32 if options.quick else TEXTS)
         for way in every:
             way.run(seed, corpus)
             print(f"seed {seed}: {way.row()}", flush=True)

@@ -18,7 +18,7 @@ class RelativeGradientTuning:
     Auto-RGN (Lee et al. 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts", arXiv:2210.11466). Of
     the embeddings and each layer l
 
-        rgn_l = |g_l| / |w_l|,    rate_l = rate * rgn_l / max over k of rgn_k
+        rgn_l = norm(g_l) / norm(w_l),    rate_l = rate * rgn_l / max over k of rgn_k
 
     anew behind each window. With `top`, the so many with the largest train at their own rates from the first window on,
     and the others freeze for good: what is frozen has no gradients to be chosen by again.
