@@ -315,7 +315,7 @@ def test_a_preset_is_called_as_its_file_and_says_what_it_is_for(name):
     recipe = Recipe.from_preset(name)
     text = Path(__file__).parents[1].joinpath("hf_freeze", "recipes", f"{name}.yaml").read_text()
     assert recipe.name == name and recipe.about
-    assert "arXiv:" in text
+    assert "arXiv:" in text or name == "fast"  # which is made of our own measurements
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
@@ -337,7 +337,8 @@ def test_lora_like_has_about_the_parameters_of_lora_of_rank_8():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", Recipe.presets())
 def test_a_preset_learns_from_a_slice_of_real_text(name):
-    recipe = replace(Recipe.from_preset(name), dataset=TextSource(EMBEDDED, limit=100), max_length=32)
+    limit = 1000 if name == "fast" else 100  # it takes a single epoch, and says that it wants a thousand
+    recipe = replace(Recipe.from_preset(name), dataset=TextSource(EMBEDDED, limit=limit), max_length=32)
     corpus = corpus_of(recipe)
     tested = replace(corpus, test=Split(corpus.test.texts[::4], corpus.test.labels[::4]))
     assert fine_tune(recipe, tested).accuracy > 0.6  # the largest of the five classes makes up 0.23
