@@ -36,7 +36,7 @@ from hf_freeze import (
     Recipe,
     RelativeGradientTuning,
 )
-from hf_freeze.data import TextCorpus, load_corpus
+from hf_freeze.data import Split, TextCorpus, load_corpus
 from hf_freeze.runs import fine_tune
 
 PAGE = Path(__file__).parents[1] / "docs" / "policies.md"
@@ -121,6 +121,8 @@ def main() -> None:
     every, seeds = ways(), 1 if options.quick else options.seeds
     for seed in range(seeds):
         corpus = load_corpus(seed=seed, limit=32 if options.quick else TEXTS)
+        if options.quick:
+            corpus = replace(corpus, test=Split(corpus.test.texts[::20], corpus.test.labels[::20]))
         for way in every:
             way.run(seed, corpus)
             print(f"seed {seed}: {way.row()}", flush=True)
