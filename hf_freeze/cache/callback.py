@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
@@ -27,6 +26,7 @@ from transformers import (
 
 from ..distributed import spread_over, unwrap_model
 from ..errors import CacheError
+from ..sizes import read_size
 from .codecs import DTYPES, STORED, require_dtype
 from .prefix import find_prefixes
 from .serving import Counts, Done, Server, Settings, Turn
@@ -251,10 +251,9 @@ class PrefixCache(TrainerCallback):
 
 
 def _size(memory: str | int) -> int:
-    try:
-        return int(convert_file_size_to_int(memory))
-    except ValueError as error:
-        raise CacheError(f"memory={memory!r} is no size. Write such as '2GiB' or '500MB'.") from error
+    if (size := read_size(memory)) is None:
+        raise CacheError(f"memory={memory!r} is no size. Write such as '2GiB' or '500MB'.")
+    return size
 
 
 def _length(row: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """What training takes, as numbers and as a table.
 
-What lives here: `Costs`, `Plan` and what they are made of; sizes as text. What may not: models, counting. How data
+What lives here: `Costs`, `Plan` and what they are made of. What may not: models, counting. How data
 passes through:
 
     numbers of a step -> Costs, of this plan, of full fine-tuning, of LoRA -> Plan -> rich table, text, HTML or JSON
@@ -8,21 +8,17 @@ passes through:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..cache.codecs import STORED, encoded_bytes, require_dtype
-from ..errors import PlanError
 from ..rendering import printed
+from ..sizes import as_size
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -238,16 +234,6 @@ def _rows(columns: list[Costs]) -> Mapping[str, list[str]]:
     }
 
 
-def as_size(count: int) -> str:
-    """Returns a number of bytes as text.
-
-    >>> as_size(3 * 2**20), as_size(0)
-    ('3.0 MiB', '0 B')
-    """
-    unit = max((name for name, own in _UNITS.items() if count >= own), key=_UNITS.__getitem__, default="B")
-    return f"{count} B" if unit == "B" else f"{count / _UNITS[unit]:.1f} {unit}"
-
-
 def as_count(count: int) -> str:
     """Returns a number of operations as text.
 
@@ -257,24 +243,3 @@ def as_count(count: int) -> str:
     powers = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
     unit = max((name for name, own in powers.items() if count >= own), key=powers.__getitem__, default="")
     return f"{count / powers[unit]:.1f} {unit}" if unit else str(count)
-
-
-def read_size(size: int | str) -> int:
-    """Returns the bytes that a size means: ``"2GiB"``, ``"500 MB"`` (powers of 1000), or a number of bytes.
-
-    Raises:
-        PlanError: it is none, or 0.
-
-    >>> read_size("1.5GiB")
-    1610612736
-    """
-    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    if match:
-        letter = match["unit"][0].upper()
-        power = 0 if letter == "B" else "BKMGT".index(letter)
-        count = int(float(match["number"]) * (1024 if "i" in match["unit"].lower() else 1000) ** power)
-    else:
-        count = size if isinstance(size, int) and not isinstance(size, bool) else 0
-    if count < 1:
-        raise PlanError(f"{size!r} is no size of memory: write '2GiB', '500MB' or a number of bytes.")
-    return count

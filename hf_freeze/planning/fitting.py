@@ -18,7 +18,8 @@ from ..layers import layer_map
 from ..recipes import Recipe
 from ..rendering import printed
 from ..selectors import select
-from .costs import Plan, as_size, read_size
+from ..sizes import as_size, read_size
+from .costs import Plan
 from .counting import Setting, apply, count, prepared
 from .planner import plan
 from .unloaded import on_meta
@@ -119,7 +120,9 @@ def fits(
         >>> found.name, found.freeze, found.next_name
         ('layers[1:]', 'embeddings, layers[:1]', 'full fine-tuning')
     """
-    room = read_size(memory)
+    room = read_size(memory) or 0
+    if not room:
+        raise PlanError(f"{memory!r} is no size of memory: write '2GiB', '500MB' or a number of bytes.")
     setting = prepared(model, batch_size, length, optimizer, dtype, Recipe())
     unfreeze(setting.bare, "all")
     taken: dict[str, int] = {}

@@ -6,16 +6,15 @@ reading texts (`data.py`) and caching (`cache/`).
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ..adapters import BottleneckConfig
 from ..errors import RecipeError
+from ..sizes import read_size
 from ..stages import is_count
 from .reading import require_types
 
-_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?B|B)")
 Kept = Literal["float32", "bfloat16", "float16", "int8"]
 Computed = Literal["float32", "bfloat16", "float16"]
 
@@ -66,7 +65,7 @@ class Cache:
 
     def __post_init__(self) -> None:
         require_types(vars(self), Cache, "cache.")
-        if not _SIZE.fullmatch(self.memory):
+        if read_size(self.memory) is None:
             raise RecipeError(f"cache.memory is {self.memory!r}: write a size, such as '2GiB' or '500MiB'.")
 
 
