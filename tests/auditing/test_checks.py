@@ -313,6 +313,15 @@ def test_each_code_has_a_section_in_the_manual():
     ]
 
 
+def test_each_section_has_a_script_that_provokes_it():
+    """The scripts themselves run in tests/test_docs.py."""
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (HF\d+)\n(.*?)(?=^##|\Z)", page, re.M | re.S))
+
+    shown = {code: re.findall(r"^```pycon\n(.*?)^```$", text, re.M | re.S) for code, text in sections.items()}
+    assert [code for code in CODES if not any(f"'{code}'" in block for block in shown[code])] == []
+
+
 def test_a_sound_run_gives_no_finding():
     assert sound().report().findings == ()
 
