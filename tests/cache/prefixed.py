@@ -120,7 +120,7 @@ PLACES: dict[str, Callable[[Store, bytes, Tensor], None]] = {
 
 
 def fill(folder: Path, place: str, after: int, pipe: Any) -> None:
-    """Trains with the rows kept in a folder, and is killed after so many of them, or by whoever started it."""
+    """Trains with the rows kept in a folder; is killed after so many of them, or waits for whoever started it."""
     torch.set_num_threads(1)
     storage.CHUNK = SMALL_CHUNK
 
@@ -132,6 +132,7 @@ def fill(folder: Path, place: str, after: int, pipe: Any) -> None:
 
     Store.put = put
     train(PrefixCache(folder=folder))
+    signal.pause()
 
 
 def hold(folder: Path, pipe: Any) -> None:

@@ -174,10 +174,9 @@ def test_killed_at_random_moments_it_never_serves_half_a_row(
     """At each start the fill goes on from what the killed process had."""
     monkeypatch.setattr(storage, "CHUNK", SMALL_CHUNK)
     dice, reached = random.Random(0), 0
-    for _ in range(KILLS):
-        reached = max(reached, killed(tmp_path, "", after=min(reached, ROWS - 6), delay=dice.uniform(0, 2e-3)))
-        if reached >= ROWS - 6:
-            break
+    for _ in range(KILLS):  # each gets on by a row at least
+        if reached < ROWS - 6:
+            reached = killed(tmp_path, "", reached + 1, delay=dice.uniform(0, 2e-3))
     assert 0 < reached < ROWS
     cache = PrefixCache(folder=tmp_path)
     cached, weights = train(cache)
