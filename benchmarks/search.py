@@ -6,7 +6,7 @@ accurate on validation among those that took no longer than `fast` in the search
 each by itself and with an empty cache, with several seeds, and tested on the test split, which nothing has looked at
 before. Prints Markdown.
 
-    python benchmarks/search.py            # some 15 minutes on 2 cores
+    python benchmarks/search.py            # half an hour on 2 cores
     python benchmarks/search.py --quick    # a minute or two: that it runs, no figures to go by
 """
 
@@ -31,7 +31,6 @@ from hf_freeze.recipes import TextSource
 from hf_freeze.runs import corpus_of, fine_tune
 from hf_freeze.searching.front import in_words
 
-LIMIT, MAX_LENGTH = 400, 64  # as the demo's
 TRIALS, SEEDS = 20, (0, 1, 2)
 
 
@@ -100,8 +99,8 @@ def main() -> None:
     quick = arguments.quick
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    limit, tokens = (40, 16) if quick else (LIMIT, MAX_LENGTH)
-    base = replace(Recipe.from_preset("fast"), dataset=TextSource("embedded", limit=limit), max_length=tokens)
+    base = replace(Recipe.from_preset("fast"), dataset=TextSource("embedded", limit=40 if quick else None))
+    base = replace(base, max_length=16) if quick else base
     trials, seeds = (4, (0,)) if quick else (TRIALS, SEEDS)
     with tempfile.TemporaryDirectory() as scratch:
         found = search(base, budget=SearchBudget(trials=trials), folder=arguments.folder or scratch)
@@ -109,8 +108,8 @@ def main() -> None:
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, "
-        f"{versions}. BBC News, {limit} training texts of {tokens} tokens, seed 0; {trials} trials, {found.stopped} of "
-        f"them stopped half-way.\n\n"
+        f"{versions}. BBC News, {len(corpus_of(base).train.texts)} training texts of {base.max_length} tokens, seed 0; "
+        f"{trials} trials, {found.stopped} of them stopped half-way.\n\n"
         f"| trial | recipe | trainable | accuracy, validation | seconds |\n|---:|---|---:|---:|---:|"
     )
     for own in found.front:

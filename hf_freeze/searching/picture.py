@@ -43,6 +43,8 @@ def draw(result: SearchResult, path: Path) -> None:
 
 
 def _scatter(axes: Axes, result: SearchResult, name: str) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     for points, label, colour, marker in (
         (result.others, "beaten by another", LIGHT.muted, "x"),
         (result.front, "the front, by number", LINES[0], "o"),
@@ -56,3 +58,7 @@ def _scatter(axes: Axes, result: SearchResult, name: str) -> None:
     values = [getattr(own, name) for own in (*result.front, *result.others)]
     if values and max(values) > 10 * min(values):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if name == "trainable" or axes.get_xscale() == "log":
+        axes.xaxis.set_major_formatter(EngFormatter())

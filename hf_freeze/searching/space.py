@@ -193,9 +193,23 @@ def adapters(
         width: The width of the hidden states.
         base: What else they are.
 
-    >>> adapters("layer", [0, 8, 8, 32], width=96).reduction_factor
-    {'layers[1:3]': 12.0, 'layers[3:4]': 3.0}
+    >>> made = adapters("layer", [0, 8, 8, 32], width=96)
+    >>> made.layers, made.reduction_factor
+    ('layers[1:4]', {'layers[1:3]': 12.0, 'layers[3:4]': 3.0})
     """
+    spans = _spans(sizes)
+    if not spans:
+        return None
+    own = {name: getattr(base, name) for name in adapter_fields()} if base else {}
+    own |= {"placement": placement, "layers": ", ".join(_spans([*map(bool, sizes)]))}
+    if len(different := {*spans.values()}) == 1:
+        return BottleneckConfig(**{**own, "bottleneck_size": different.pop()})
+    factors = {span: _factor(width, size) for span, size in spans.items()}
+    return BottleneckConfig(**{**own, "bottleneck_size": None, "reduction_factor": factors})
+
+
+def _spans(sizes: Sequence[int]) -> dict[str, int]:
+    """Returns selectors of layers next to each other with the same size, and that size; layers with 0 are left out."""
     spans: dict[str, int] = {}
     at = 0
     for size, group in groupby(sizes):
@@ -203,14 +217,7 @@ def adapters(
         if size:
             spans[f"layers[{at}:{end}]"] = size
         at = end
-    if not spans:
-        return None
-    own = {name: getattr(base, name) for name in adapter_fields()} if base else {}
-    own |= {"placement": placement, "layers": ", ".join(spans)}
-    if len(different := {*spans.values()}) == 1:
-        return BottleneckConfig(**{**own, "bottleneck_size": different.pop()})
-    factors = {span: _factor(width, size) for span, size in spans.items()}
-    return BottleneckConfig(**{**own, "bottleneck_size": None, "reduction_factor": factors})
+    return spans
 
 
 def _factor(width: int, size: int) -> float:
