@@ -2,11 +2,12 @@
 
     python benchmarks/cache.py            # some 40 minutes on 2 idle cores; writes docs/prefix-cache.md
     python benchmarks/cache.py --quick    # that it runs: few steps, nothing written to docs
-    python benchmarks/cache.py --part runs  # the whole runs alone; `steps` for the rest
+    python benchmarks/cache.py --part runs  # the whole runs alone; `steps` and `precision` for the rest
 
 Two models: the embedded one on the embedded news, and a BERT of bert-base's shape with random weights on random tokens.
 All is timed in turns, in one process: epochs with the frozen prefix computed, found in the cache, and left out, its
-output being laid ready (the limit that no cache can beat). Then whole runs: full fine-tuning against ``recipe: fast``.
+output being laid ready (the limit that no cache can beat). Then short trainings with rows kept in each way, to compare
+losses and not times; then whole runs: full fine-tuning against ``recipe: fast``.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ from hf_freeze.data import embedded_model_path, load_corpus
 from hf_freeze.runs import fine_tune
 
 PAGE = Path(__file__).parents[1] / "docs" / "prefix-cache.md"
-PARTS = ("steps", "runs")
+PARTS = ("steps", "precision", "runs")
 BATCH, LENGTH, SEED, CLASSES = 16, 128, 0, 5
 # The rate that full fine-tuning does best with here, found by `tune_demo.py` on the validation split; three epochs are
 # the Trainer's own default.
 FULL = Recipe.from_yaml("{name: full fine-tuning, lr: 2e-4, epochs: 3, max_length: 64}")
 LEAST, SHARE = 0.005, 0.25  # the bars of `fast`: below full fine-tuning's accuracy, and of its time
+EPOCHS, RATE = 3, 1e-4  # of the short training by which ways to keep rows are compared
+KEPT = [("float32", None), ("bfloat16", None), ("float16", None), ("int8", None), ("bfloat16", "bfloat16")]
 Batch = dict[str, torch.Tensor]
 
 
@@ -62,13 +65,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="How often each epoch is timed.")
     parser.add_argument("--seeds", type=int, default=3, help="Whole runs of each kind.")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="Threads of torch.")
-    parser.add_argument("--part", choices=PARTS, help="One of the two alone.")
+    parser.add_argument("--part", choices=PARTS, help="One of them alone.")
     parser.add_argument("--quick", action="store_true", help="Two short rounds, one seed, no bert-base.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     for part in PARTS if options.part is None else [options.part]:
-        content = steps(options) if part == "steps" else whole_runs(options)
+        content = {"steps": steps, "precision": precision, "runs": whole_runs}[part](options)
         print(content)
         if not options.quick:
             write(PAGE, with_section(PAGE.read_text(encoding="utf-8"), f"cache {part}", content))
@@ -220,6 +223,37 @@ def planned(model: nn.Module, subject: Subject) -> float:
         kept = cache.nbytes / tokens
     foreseen = plan(model, batch_size=BATCH, length=LENGTH).cache.token_bytes()
     return foreseen / kept
+
+
+def precision(options: argparse.Namespace) -> str:
+    """Returns the table of how rows are kept: the mean loss of a short training, and bytes a token."""
+    subject = minilm(1 if options.quick else 4)
+    lines = ["| rows kept in | prefix computed in | mean loss | less float32's | bytes a token |"]
+    lines += ["|---|---|---:|---:|---:|"]
+    losses: list[float] = []
+    for kept, computed in KEPT:
+        loss, size = short_training(subject, PrefixCache(dtype=kept, prefix_dtype=computed))
+        losses.append(loss)
+        lines.append(f"| {kept} | {computed or 'float32'} | {loss:.5f} | {loss - losses[0]:+.5f} | {size:,.0f} |")
+    said = f"{subject.name}; {EPOCHS} epochs of {len(subject.batches)} batches of {BATCH} x {LENGTH} tokens, "
+    return "\n".join([*lines, "", note(options, f"{said}AdamW at {RATE:g}, seed {SEED}; the mean of all steps.")])
+
+
+def short_training(subject: Subject, cache: PrefixCache) -> tuple[float, float]:
+    """Returns the mean loss of all steps, and the bytes that the cache takes up for a token."""
+    cache.model = model = frozen(subject, f"embeddings, layers[:{subject.frozen}]")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in subject.batches)
+    losses = []
+    torch.manual_seed(SEED)
+    with cache:
+        for batch in subject.batches * EPOCHS:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return statistics.fmean(losses), cache.nbytes / tokens
 
 
 def inputs_of(batch: Batch) -> Batch:
