@@ -58,7 +58,7 @@ def _scatter(axes: Axes, result: SearchResult, name: str) -> None:
     values = [getattr(own, name) for own in (*result.front, *result.others)]
     if values and max(values) > 10 * min(values):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     if name == "trainable" or axes.get_xscale() == "log":
         axes.xaxis.set_major_formatter(EngFormatter())
