@@ -319,6 +319,27 @@ def test_a_weight_that_is_changed_between_two_runs_begins_another_folder(plain: 
     assert len(list(tmp_path.rglob(storage.META))) == 2
 
 
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"problem_type": "single_label_classification", "id2label": {0: "a", 1: "b"}}, ROWS),
+        ({"hidden_act": "relu"}, 0),
+    ],
+)
+def test_of_a_configuration_what_hidden_states_depend_on_counts(
+    changed: dict[str, Any], found: int, tmp_path: Path
+) -> None:
+    """transformers sets `problem_type` when a model is first called with labels."""
+    first, second = small_model(), small_model()
+    for name, value in changed.items():
+        setattr(second.config, name, value)
+    with PrefixCache(first, folder=tmp_path) as cache:
+        cache.warm(small_rows())
+    with PrefixCache(second, folder=tmp_path) as cache:
+        cache.warm(small_rows())
+    assert cache.hits == found
+
+
 # How rows are kept
 
 
