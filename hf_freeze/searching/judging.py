@@ -107,7 +107,7 @@ class Judge:
         Raises:
             FreezeError: it does not fit the model.
         """
-        model: Any = with_fake_tensors(self.bare)  # a pass on `meta` fails, and adapters inside a layer take one
+        model: Any = with_fake_tensors(self.bare)  # adapters inside a layer take a pass, and not all can on `meta`
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # it is copied
             recipe.apply(model)
