@@ -86,7 +86,7 @@ def test_a_search_that_was_killed_goes_on_with_nothing_lost(tmp_path):
 def test_two_that_are_started_share_a_search(tmp_path):
     base = films(tmp_path)
     process = started(tmp_path, base)
-    wait_for(lambda: trials_in(tmp_path / "out"), process)
+    wait_for((tmp_path / "out" / "study.db").exists, process)  # both load the model now
     search(base, SPACE, SearchBudget(trials=TRIALS), tmp_path / "out")
     assert process.wait() == 0
     over = in_a_state(tmp_path / "out", TrialState.COMPLETE) + in_a_state(tmp_path / "out", TrialState.PRUNED)
