@@ -1,13 +1,11 @@
 """Running a model without its prefix, and the prefix without the rest.
 
-What lives here: the hooks that put a given output in the prefix's place (`Replacement`), the pass that stops behind the
-prefix (`run_prefix`), and the trial that tells whether the one may stand for the other (`examine`). What may not: keys,
-storage, the decision what to keep. How data passes through:
+What lives here: the hooks that put a given output in the prefix's place (`replaced`), and the pass that stops behind
+the prefix (`run_prefix`). What may not: keys, storage, the decision what to keep, or whether to (`trial.py`). How data
+passes through:
 
-    a few rows -> the model as it is, watched -> the prefix alone: same? -> the model without it: same? -> Layout
-
-Nothing here knows an architecture. A model whose layers hand more to each other than hidden states, whose head reads
-states of layers in between, or whose prefix draws random numbers gives other outputs in the trial, and is left alone.
+    prefix, layout, hidden states -> the model with them in the prefix's place
+    prefix, inputs, depths -> the prefix alone -> hidden states at each depth
 """
 
 from __future__ import annotations
