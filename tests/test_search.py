@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +21,17 @@ from optuna.trial import FixedTrial, TrialState
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from hf_freeze import BottleneckConfig, Recipe, SearchBudget, SearchPoint, SearchSpace, cli, search
-from hf_freeze.data import embedded_model_path
-from hf_freeze.errors import RecipeError, SearchError
+from hf_freeze.data import embedded_model_path, load_corpus
+from hf_freeze.errors import DataError, RecipeError, SearchError
 from hf_freeze.recipes import Cache, TextSource
 from hf_freeze.runs import fine_tune
 from hf_freeze.searching import judging, searcher
+from hf_freeze.searching.files import write
 from hf_freeze.searching.front import pareto
 from hf_freeze.searching.judging import Behind, Judge, Refused
 from hf_freeze.searching.pace import Pace
 from hf_freeze.searching.space import frozen
-from hf_freeze.searching.study import PACE, REFUSED, STOPPED, WORKER, Desk
+from hf_freeze.searching.study import MOST_TRIES, PACE, REFUSED, STOPPED, WORKER, Desk, read_result
 
 gc.freeze()  # accelerate 1.15 collects garbage at the start of each train(): see tests/training.py
 LAYERS, WIDTH = 4, 16
@@ -419,12 +421,82 @@ def test_a_space_in_which_nothing_runs_is_told(tmp_path, monkeypatch):
     with asked(tmp_path) as desk:
         for _ in range(3):
             desk.end(desk.take(), REFUSED, "too large")
-        with pytest.raises(SearchError, match=r"Of 3 recipes none could be run\. .* The last: too large"):
+        with pytest.raises(SearchError, match=r"Of 3 recipes in a row none could be run\. The last: too large Widen"):
             desk.take()
 
 
+def test_a_search_that_finds_nothing_else_to_run_says_why_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_freeze.searching.study.REFUSALS", 3)
+    with asked(tmp_path) as desk:
+        desk.finish(desk.take(), SearchPoint(0, Recipe(), 0.5, 1, 1.0))
+        for _ in range(3):
+            desk.end(desk.take(), REFUSED, "too large")
+        with pytest.warns(UserWarning, match="ends before its budget is spent.*The last: too large"):
+            assert desk.take() is None
+
+
+def test_the_seconds_of_recipes_that_were_not_run_do_not_count(tmp_path):
+    with Desk(tmp_path, {}, SearchBudget(seconds=0.5)) as desk:
+        trial = desk.take()
+        time.sleep(0.6)
+        desk.end(trial, REFUSED, "too large")
+        assert desk.take() is not None
+
+
+def test_a_recipe_that_kills_its_process_is_not_tried_for_ever(tmp_path):
+    drawn = []
+    for _ in range(MOST_TRIES + 1):
+        with asked(tmp_path) as lost:  # and is gone
+            drawn.append(draw(lost.take()))
+    assert len({*drawn[:MOST_TRIES]}) == 1
+    assert drawn[MOST_TRIES] != drawn[0]
+
+
+def test_any_seed_that_a_recipe_may_have_will_do(tmp_path):
+    with asked(tmp_path, seed=2**32 - 1) as desk:
+        assert 0 <= draw(desk.take()) <= 1
+
+
+def test_what_a_user_keeps_beside_a_search_stays(tmp_path):
+    with asked(tmp_path) as desk:
+        mine = [desk.cache.parent / "huggingface" / "model", tmp_path / "front" / "mine.yaml"]
+        own = [desk.cache / "rows", tmp_path / "front" / "07.yaml"]
+        for file in (*mine, *own):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("")
+        desk.note(trial := desk.take(), Recipe())
+        desk.finish(trial, SearchPoint(0, Recipe(), 0.5, 1, 1.0))
+        desk.tidy()
+    write(read_result(tmp_path))
+    assert [file.exists() for file in (*mine, *own)] == [True, True, False, False]
+    assert Recipe.load(tmp_path / "front" / "00.yaml").name == "trial-0"
+
+
+def test_a_search_that_has_not_begun_can_be_asked_for_anew(tmp_path):
+    Desk(tmp_path, {"recipe": "a slip"}, SearchBudget())
+    late = asked(tmp_path)
+    Desk(tmp_path, {"recipe": "a third"}, SearchBudget())
+    with pytest.raises(SearchError, match="holds a search with another recipe"):
+        late.begin(lambda: None, lambda: Pace(1, 0.0, 0.0))
+
+
+def test_folders_in_which_nothing_can_be_kept_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "study.db").write_text("no database, and long enough to be none" * 9)
+    for folder in ("file/search", "broken"):
+        with pytest.raises(SearchError, match=r"can't be kept in .* Free space, or name another folder"):
+            asked(tmp_path / folder)
+    optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}", study_name="mine")
+    with pytest.raises(SearchError, match="holds 'mine', a study of your own"):
+        asked(tmp_path)
+
+
 def test_another_search_or_other_files_in_the_folder_are_refused(tmp_path):
-    asked(tmp_path / "search")
+    asked(tmp_path / "search").begin(lambda: None, lambda: Pace(1, 0.0, 0.0))
+    (tmp_path / "cached" / "cache").mkdir(parents=True)
+    with pytest.raises(SearchError, match="is not empty, and holds no search"):
+        asked(tmp_path / "cached")
     with pytest.raises(SearchError, match="holds a search with another space"):
         Desk(tmp_path / "search", {"recipe": "a", "space": {"lr": 1}}, SearchBudget())
     (tmp_path / "mine").mkdir()
@@ -499,6 +571,29 @@ def test_a_trial_that_fails_is_told_of_and_not_tried_again(base, tmp_path, monke
         TrialState.COMPLETE,
     ]
     assert len(found.front) == 1
+
+
+def test_a_recipe_that_does_not_fit_into_the_accelerators_memory_is_passed_over(base, tmp_path, monkeypatch):
+    def fail_once(*told: object):
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("out of memory")  # no test has an accelerator
+
+    monkeypatch.setattr(judging, "fine_tune", fail_once)
+    found = search(base, SMALL, SearchBudget(trials=1), tmp_path)
+    assert (len(found.front), found.refused >= 1) == (1, True)
+
+
+def test_a_draw_that_does_not_go_with_the_recipe_is_passed_over(base, tmp_path):
+    told = replace(base, freeze="base", adapter=BottleneckConfig(placement="houlsby", cross_attention=True))
+    space = replace(SMALL, adapter=("pfeiffer", "none"))
+    found = search(told, space, SearchBudget(trials=2), tmp_path)
+    assert len(found.front) + len(found.others) + found.stopped == 2
+
+
+def test_texts_that_are_gone_end_a_search(base, judge, monkeypatch):
+    monkeypatch.setattr(judging, "fine_tune", lambda *told: load_corpus("/nowhere/at/all.csv"))
+    with pytest.raises(DataError):
+        judge.run(0, base, list)
 
 
 def test_an_interrupted_trial_is_tried_again(base, tmp_path, monkeypatch):

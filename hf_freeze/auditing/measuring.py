@@ -144,16 +144,24 @@ def _loss_after(
     steps: int, model: nn.Module, batch: Mapping[str, Any], names: list[str], rates: Mapping[str, float]
 ) -> float:
     """Returns the loss of a batch after so many steps on copies of some of the weights."""
-    own = {name: model.get_parameter(name).detach().clone().requires_grad_(True) for name in names}
+    frozen = {name: model.get_parameter(name).detach() for name in names}
+    # in float32, where a step of such a size still moves a weight
+    own = {name: weight.to(torch.float32, copy=True).requires_grad_(True) for name, weight in frozen.items()}
+
+    def loss() -> Tensor:
+        return loss_of(model, batch, {name: weight.to(frozen[name].dtype) for name, weight in own.items()})
+
     for _ in range(steps if own else 0):
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss_of(model, batch, own), [*own.values()], allow_unused=True)
+            if not (now := loss()).requires_grad:  # nothing of these goes into the loss
+                break
+            gradients = torch.autograd.grad(now, [*own.values()], allow_unused=True)
         with torch.no_grad():
             for (name, weight), gradient in zip(own.items(), gradients, strict=True):
                 if gradient is not None:
                     weight -= rates[name] * gradient / (gradient.abs() + 1e-8)
     with torch.no_grad():
-        return float(loss_of(model, batch, own))
+        return float(loss())
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Tensor:

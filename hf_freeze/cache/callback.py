@@ -128,15 +128,18 @@ class PrefixCache(TrainerCallback):
 
     def detach(self) -> None:
         """Takes the hooks off the model, and lets go of the rows; those in a folder stay there."""
-        for server in self._servers:
-            server.check_at_end()
-            for name in vars(self._past):
-                setattr(self._past, name, getattr(self._past, name) + getattr(server.counts, name))
-            server.close()
-        self._servers = []
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        servers, self._servers = self._servers, []
+        try:
+            for server in servers:
+                server.check_at_end()
+        finally:
+            for server in servers:
+                for name in vars(self._past):
+                    setattr(self._past, name, getattr(self._past, name) + getattr(server.counts, name))
+                server.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def __enter__(self) -> PrefixCache:
         if self.model is None:

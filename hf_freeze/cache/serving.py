@@ -121,7 +121,6 @@ class Server:
         self._layouts: dict[tuple[Any, ...], Layout | None] = {}
         self._layout: Layout | None = None  # of the call that is under way
         self._full = self._served = False
-        self._frozen: tuple[Any, ...] = ()  # what was frozen in the call before
         self._checked, self._check_took = time.perf_counter(), 0.0
         self._replaced = ExitStack()
         self._handles = [
@@ -174,9 +173,7 @@ class Server:
             self.turn.waiting.add(self)
         depth, reason = self.prefix.depth()
         outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
-        if (depth, outside) != self._frozen:
-            self._frozen = depth, outside
-            self._drop_training()
+        self._drop_training()
         inputs = named_inputs(model, args, kwargs)
         if strange := self._strange_call(model, inputs):
             self.tell(f"The prefix cache stands aside where {strange}.")
@@ -197,6 +194,8 @@ class Server:
             return examine(self.model, self.prefix, depth, args, kwargs)
         except Unfit as error:
             self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {error}.")
+        except torch.OutOfMemoryError:  # another time there may be room
+            raise
         except Exception as error:  # what a model raises of two rows may be no error in the call itself
             told = f"it fails on a few rows ({type(error).__name__}: {error})"
             self.tell(f"The prefix cache stands aside at {type(self.model).__name__}: {told}.")
@@ -321,7 +320,7 @@ class Server:
                 self._full = True
                 self.tell(f"The prefix cache is full ({error}): further rows are computed each time.")
         kept = store.get(key) if key in store else None
-        return content if kept is None else kept
+        return content.cpu() if kept is None else kept
 
     def _part(self, inputs: dict[str, Any], rows: list[Row], chosen: list[int], layout: Layout) -> dict[str, Any]:
         """Returns the inputs of some rows, with most of the padding that they have in common cut."""

@@ -70,6 +70,7 @@ class AdaptiveFreezing(StagedUnfreezing):
         self._beginning = copy.deepcopy(policy.state_dict())
         self._gauge: Gauge | None = None
         self._kept: dict[str, Any] = {}
+        self._stages: dict[str, Any] | None = None  # as checkpoints keep them; None where another has come
         self._count = 0
         self._resumes = False
 
@@ -90,6 +91,14 @@ class AdaptiveFreezing(StagedUnfreezing):
             self._ask(state, self._gauge.read(state.global_step))
             self._enter(state, model)
         self._write_down(state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Enters what has been decided, and lets the first batch be seen."""
+        super().on_step_begin(args, state, control, **kwargs)
+        if self._gauge is not None:
+            self._gauge.wait()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,6 +146,7 @@ class AdaptiveFreezing(StagedUnfreezing):
         parameters = recorded([opening], state.max_steps, None, engine.union)["parameters"]
         same = known.get("parameters") == parameters  # else the caller tells what differs
         engine.stages = tuple(Stage(**own) for own in known["stages"]) if same else (opening,)
+        self._stages = None
         before = known.get("policy", {})
         self._resumes = before.get("name") == type(self.policy).__name__
         self._count = before.get("decisions", 0)
@@ -156,6 +166,7 @@ class AdaptiveFreezing(StagedUnfreezing):
         if (stage := stage_of(decision, self.engine, stats.step)) is None:
             return
         self.engine.extend(stage)
+        self._stages = None
         self._count += 1
         self.decisions.append((stats.step, decision))
         state.log_history.append({**_entry(decision, stage), "epoch": state.epoch, "step": stats.step})
@@ -165,8 +176,10 @@ class AdaptiveFreezing(StagedUnfreezing):
     def _write_down(self, state: TrainerState) -> None:
         """Puts decisions and the policy's state where the next checkpoint takes them from."""
         assert self.engine is not None
+        if self._stages is None:
+            self._stages = recorded(self.engine.stages, state.max_steps, None, self.engine.union)
         state.stateful_callbacks[RECORD] = {
-            **recorded(self.engine.stages, state.max_steps, None, self.engine.union),
+            **self._stages,
             "policy": {
                 "name": type(self.policy).__name__,
                 "decisions": self._count,

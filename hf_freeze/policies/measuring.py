@@ -59,6 +59,11 @@ class Gauge:
             own = [part.name for part in self.parts if part.kind == "layer"]
             self._probe = Probe(model, {name: modules[name] for name in own}, kept)
 
+    def wait(self) -> None:
+        """Waits for the first batch, if it needs it."""
+        if self._probe is not None:
+            self._probe.wait()
+
     def close(self) -> None:
         """Lets go of the model."""
         if self._probe is not None:

@@ -46,7 +46,7 @@ class Course:
             return course
         slope = abs(moved[-1] - moved[0]) / window  # of two means that share all terms but these
         largest = max(self.largest, slope)
-        share = slope / largest if largest else slope
+        share = slope / largest if largest else 1.0  # what has never moved has nothing to come to rest from
         return replace(course, largest=largest, share=share, still=self.still + 1 if share < tolerance else 0)
 
 
@@ -64,7 +64,7 @@ class PlasticityFreezing:
 
         P_l(t) = P_l(r) + || G_l(t) - R_l ||_F,    R_l = G_l(r),    r the last measurement at which one was taken
         M_l(t) = mean of P_l over the last `window` measurements
-        slope_l(t) = M_l(t) - M_l(t-1)
+        slope_l(t) = | M_l(t) - M_l(t-1) |
 
     A layer is still when its slope has stayed below `tolerance` times the largest that it ever had, for `window`
     measurements in a row. From the edge of the frozen prefix up, those freeze that are, until the first that is not.

@@ -27,6 +27,7 @@ from .protocol import Similarity
 
 ROWS = 8
 LIMIT = 4 * 2**20  # bytes of rows: images may be large, and they go into each checkpoint
+MOST = 4 * LIMIT  # where two rows are more, or a batch can't be told in rows
 _TENSOR = "hf_freeze.tensor"  # stands for a tensor in plain data, with its name
 
 
@@ -46,7 +47,12 @@ class Probe:
         self.kept = kept
         self._model = model
         self._layers = layers
-        self._hook = None if kept else model.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._hook: Any = None
+
+    def wait(self) -> None:
+        """Waits for the first batch, where there are no rows yet; before other hooks, as some call the model."""
+        if not self.kept and self._hook is None:
+            self._hook = self._model.register_forward_pre_hook(self._keep, with_kwargs=True, prepend=True)
 
     def close(self) -> None:
         """Waits no longer for a first batch."""
@@ -89,11 +95,16 @@ class Probe:
         if not torch.is_grad_enabled():  # an evaluation; modes tell nothing: above adapters all is in eval mode
             return
         self.close()
-        inputs, rows = few([[*args], kwargs])
+        chosen, rows = few([[*args], kwargs])
         tensors: dict[str, Tensor] = {}
-        self.kept["inputs"] = _without_tensors(inputs, tensors)
-        self.kept["tensors"] = base64.b64encode(safetensors.torch.save(tensors)).decode()
-        self.kept["rows"] = rows
+        inputs = _without_tensors(chosen, tensors)
+        if (size := sum(own.nbytes for own in tensors.values())) > MOST:
+            raise PolicyError(
+                f"The rows to measure similarities by would take {size / 2**20:.0f} MiB in each checkpoint, and "
+                f"{MOST / 2**20:.0f} may. Begin with a smaller batch, or take a policy that reads gradients."
+            )
+        content = base64.b64encode(safetensors.torch.save(tensors)).decode()
+        self.kept.update(inputs=inputs, tensors=content, rows=rows)
 
 
 def few(inputs: Any) -> tuple[Any, int]:

@@ -26,7 +26,7 @@ class RelativeGradientTuning:
     Where we differ: the paper measures each tensor, on some batches before each epoch; here rgn_l is that of a layer as
     a whole, its mean over `window` steps of the run itself. What stands behind the layers (head, pooler, norm) keeps
     its rate and is not compared: a head that is new would outweigh all layers, and the paper's heads have been trained.
-    Of gradients that were clipped all are shorter by one factor, which drops out.
+    Gradients that were clipped are all shorter by one factor: it drops out in a step, which weighs less in its window.
 
     Args:
         every: Optimizer steps from one measurement to the next.

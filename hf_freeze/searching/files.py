@@ -17,14 +17,17 @@ PICTURE = "pareto.png"
 
 
 def write(result: SearchResult) -> None:
-    """Writes a recipe for each point of the front, in place of those of an earlier one, and a picture."""
+    """Writes a recipe for each point of the front, in place of those of an earlier one, and a picture.
+
+    What else lies in the folder of the recipes stays.
+    """
     folder = result.study.parent
     written = {f"{index:02}.yaml": own for index, own in enumerate(result.front)}
     for name, point in written.items():
         with replacing(folder / FRONT / name) as partial:
             partial.write_text(_named(point).to_yaml(), encoding="utf-8")
     for file in (folder / FRONT).glob("*.yaml"):
-        if file.name not in written:
+        if file.stem.isdecimal() and file.name not in written:
             file.unlink(missing_ok=True)
     draw(result, folder / PICTURE)
 

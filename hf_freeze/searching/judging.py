@@ -25,9 +25,9 @@ from torch import nn
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..cache import PrefixCache
-from ..cache.prefix import find_prefixes
+from ..cache.prefix import Prefix, find_prefixes
 from ..data import Split, tokenize
-from ..errors import FreezeError, SearchError
+from ..errors import DataError, FreezeError, SearchError
 from ..layers import layer_map
 from ..planning.unloaded import on_meta, with_fake_tensors
 from ..recipes import Cache, Recipe
@@ -78,6 +78,7 @@ class Judge:
         if not isinstance(cache, Cache):
             return self.pace
         _, model = load_base(str(self.base.model), self.corpus.label_names)
+        model.to(self.base.training_arguments(self.folder).device)  # where the Trainer will have it
         train, few = self.corpus.train, FIRST + ROWS
         rows = tokenize(Split(train.texts[:few], train.labels[:few]), self.tokenizer, self.base.max_length)
         return measure(model, self.layers, cache, rows, self.collator, self.base.batch_size)
@@ -135,6 +136,8 @@ class Judge:
             if self.most is not None and trainable > self.most:
                 raise Refused(f"{trainable:,} parameters would train, and {self.most:,} may")
             return self._run(number, recipe, trainable, rivals)
+        except DataError:  # of the machine, not of the recipe: all have the same model and texts
+            raise
         except FreezeError as error:
             raise Refused(str(error)) from error
 
@@ -170,19 +173,26 @@ class Watch(TrainerCallback):
         self, judge: Judge, trainable: int, cache: PrefixCache | None, rivals: Callable[[], Sequence[SearchPoint]]
     ) -> None:
         self.judge, self.trainable, self.cache, self.rivals = judge, trainable, cache, rivals
-        self._begin = self._asked = 0.0
-        self._depth = self._found = self._hits = 0
+        self._begin = self._asked = self._helped = 0.0
+        self._prefixes: tuple[Prefix, ...] = ()
+        self._depth = self._hits = 0
 
     def without_help(self, seconds: float) -> float:
         """Returns what a run of so many seconds takes by itself: with empty cache, and unasked."""
-        return seconds - self._asked + self._found * self.judge.pace.of(self._depth)
+        return seconds - self._asked + self._helped
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begins to keep time, and notes how deep the prefix is."""
+        """Begins to keep time."""
         self._begin = time.perf_counter()
-        self._depth = max((own.depth()[0] for own in find_prefixes(kwargs["model"])), default=0) if self.cache else 0
+        self._prefixes = find_prefixes(kwargs["model"]) if self.cache else ()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes how deep the prefix is in this stage."""
+        self._depth = max((own.depth()[0] for own in self._prefixes), default=0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Counts the rows of the first epoch that were there before it; half-way, holds the run against others.
@@ -191,7 +201,7 @@ class Watch(TrainerCallback):
             Behind: it is behind.
         """
         if self.cache is not None and (state.epoch or 0) <= 1:  # later, a row is found since this run has kept it
-            self._found += self.cache.hits - self._hits
+            self._helped += (self.cache.hits - self._hits) * self.judge.pace.of(self._depth)
         if state.global_step == -(-state.max_steps // 2) < state.max_steps:
             self._compare(kwargs["model"])
         if self.cache is not None:

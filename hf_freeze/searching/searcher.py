@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SearchError
+from ..errors import FreezeError, SearchError
 from ..recipes import Recipe
 from ..report.plots import require_matplotlib
 from ..runs import resolved
@@ -119,10 +119,13 @@ def search(
         for helper in helpers:
             helper.terminate()
             helper.wait()
-    if failed := [code for code in codes if code]:
-        raise SearchError(f"A worker has ended with exit code {failed[0]}; above stands why. Search again to go on.")
     result = read_result(asked.folder, asked.budget.parameters)
     write(result)
+    if failed := [code for code in codes if code]:
+        raise SearchError(
+            f"A worker has ended with exit code {failed[0]}; above stands why. What was found lies in "
+            f"{str(asked.folder)!r}; search again to go on."
+        )
     return result
 
 
@@ -141,10 +144,10 @@ def work(asked: Asked, alive: Callable[[], bool] = lambda: True) -> None:
         judge.pace = desk.begin(lambda: asked.space.start(base, judge.depth(base), judge.layers), judge.measure)
         while (trial := desk.take()) is not None:
             try:
-                recipe = asked.space.draw(trial, base, judge.layers, judge.width)
+                recipe = _drawn(asked.space, trial, judge)
                 desk.note(trial, recipe)
                 point = judge.run(trial.number, recipe, desk.points)
-            except Refused as reason:
+            except (Refused, torch.OutOfMemoryError) as reason:  # the space goes from the head alone to the whole model
                 desk.end(trial, REFUSED, str(reason))
             except Behind as reason:
                 desk.end(trial, STOPPED, str(reason))
@@ -157,6 +160,18 @@ def work(asked: Asked, alive: Callable[[], bool] = lambda: True) -> None:
                 _tell(_line(point))
         if alive():
             desk.tidy()
+
+
+def _drawn(space: SearchSpace, trial: Any, judge: Judge) -> Recipe:
+    """Returns the recipe of a trial.
+
+    Raises:
+        Refused: what was drawn does not go with the recipe that the search begins with.
+    """
+    try:
+        return space.draw(trial, judge.base, judge.layers, judge.width)
+    except FreezeError as error:
+        raise Refused(str(error)) from error
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..recipes.reading import read_yaml, require_known
 from ..stages import is_count, is_positive
 
 NONE = "none"
+HALF = 0.5  # an epoch
 PLACEMENTS: tuple[str, ...] = (NONE, *get_args(Placement))
 SCHEDULES: tuple[str, ...] = (NONE, *PRESETS)
 
@@ -34,8 +35,10 @@ class Trial(Protocol):
     def suggest_int(self, name: str, low: int, high: int) -> int:
         """Draws a whole number from `low` up to and with `high`."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Draws a number, with `log` evenly over its magnitudes."""
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """Draws a number, with `log` evenly over its magnitudes, with `step` from `low` on in such steps."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Draws one of some values."""
@@ -54,7 +57,7 @@ class SearchSpace:
         unfreeze: Presets of stages for layers that train themselves; ``none`` for all at once.
         lr: The lowest and the highest peak learning rate.
         layer_decay: The least and the greatest factor on the rate for each layer downwards, without adapters.
-        epochs: The fewest and the most passes over the training texts.
+        epochs: The fewest and the most passes over the training texts; half a pass is the step in between.
 
     Raises:
         SearchError: values that are none of these, or ranges whose ends are the wrong way round.
@@ -123,7 +126,7 @@ class SearchSpace:
             width: The width of its hidden states.
         """
         depth = trial.suggest_int("frozen", *self._depths(layers))
-        epochs = trial.suggest_int("epochs", *self.epochs)
+        epochs = trial.suggest_float("epochs", *self.epochs, step=HALF)
         lr = _rounded(trial.suggest_float("lr", *self.lr, log=True))
         adapter, unfreeze, decay = None, None, 1.0
         placement = trial.suggest_categorical("adapter", self.adapter) if depth < layers else NONE
@@ -151,8 +154,9 @@ class SearchSpace:
         low, high = self._depths(layers)
         if depth is None or not low <= depth <= high:
             return None
-        draws: dict[str, Any] = {"frozen": depth, "epochs": int(base.epochs), "lr": base.lr}
-        held = base.epochs in range(self.epochs[0], self.epochs[1] + 1) and self.lr[0] <= base.lr <= self.lr[1]
+        draws: dict[str, Any] = {"frozen": depth, "epochs": float(base.epochs), "lr": base.lr}
+        least, most = self.epochs
+        held = least <= base.epochs <= most and base.epochs % HALF == 0 and self.lr[0] <= base.lr <= self.lr[1]
         if base.adapter is not None:
             size, placement = base.adapter.bottleneck_size, base.adapter.placement
             draws |= {"adapter": placement} | {f"bottleneck.{own}": size for own in range(depth, layers)}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -25,11 +26,11 @@ from typing import Any
 import optuna
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..errors import SearchError
 from ..recipes import Recipe
 from .budget import SearchBudget
-from .files import FRONT, PICTURE
 from .front import SearchPoint, SearchResult, pareto
 from .pace import Pace
 
@@ -37,7 +38,9 @@ STUDY, CLAIM, WORKERS, CACHE = "study.db", "claim.lock", "workers", "cache"
 NAME = "search"
 PAUSE = 0.5  # seconds, for a worker that has to wait for what others are at
 REFUSALS = 100  # in a row; there is next to nothing in the space that can be run
+MOST_TRIES = 3  # of a recipe whose process was killed, by itself perhaps
 ASKED, PACE, WORKER, RECIPE, REFUSED, STOPPED = "asked", "pace", "worker", "recipe", "refused", "stopped"
+TRIES = "tries"
 _OVER = (TrialState.COMPLETE, TrialState.PRUNED)
 _CANNOT_WAIT = 100  # seconds for which SQLite waits for another worker's write
 
@@ -64,20 +67,15 @@ class Desk:
         seed: int = 0,
         alive: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.folder, self.budget, self.seed, self.alive = folder, budget, seed, alive
+        self.folder, self.asked, self.budget, self.seed, self.alive = folder, dict(asked), budget, seed, alive
         _require_own(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         self._claim = FileLock(folder / CLAIM)
         self._refused: list[str] = []  # in a row
-        with _quiet(), self._claim:
+        with _quiet(), _kept_in(folder), self._claim:
             self.study = _opened(folder)
-            if (known := self.study.user_attrs.get(ASKED)) is None:
-                self.study.set_user_attr(ASKED, dict(asked))
-            elif known != asked:
-                other = next(key for key in {**known, **asked} if known.get(key) != asked.get(key))
-                raise SearchError(
-                    f"{str(folder)!r} holds a search with another {other}. Name another folder, or search as before."
-                )
+            if PACE not in self.study.user_attrs and not self._trials():  # what it was asked for may have been a slip
+                self.study.set_user_attr(ASKED, self.asked)
+            self._require_same()
 
     def __enter__(self) -> Desk:
         with self._claim:
@@ -103,6 +101,7 @@ class Desk:
             measure: Measures the pace, which is the same for all workers then.
         """
         with _quiet(), self._claim:
+            self._require_same()
             if (known := self.study.user_attrs.get(PACE)) is not None:
                 return Pace(**known)
             if not self._trials() and (draws := start()) is not None:
@@ -126,7 +125,8 @@ class Desk:
                 told = sum(REFUSED not in own.user_attrs for own in over)
                 running = sum(own.state == TrialState.RUNNING for own in trials)
                 if self.budget.trials is None or told + running < self.budget.trials:
-                    self.study.sampler = optuna.samplers.TPESampler(seed=1000 * self.seed + len(trials))
+                    seed = (1000 * self.seed + len(trials)) % 2**32  # the most that numpy takes
+                    self.study.sampler = optuna.samplers.TPESampler(seed=seed)
                     trial = self.study.ask()
                     trial.set_user_attr(WORKER, self.number)
                     return trial
@@ -163,23 +163,36 @@ class Desk:
         """Removes the cached rows of this worker, and of those that are gone."""
         with self._claim:
             for folder in (self.folder / CACHE).glob("*"):
-                if folder.name == str(self.number) or self._is_gone(folder.name):
+                if folder.name.isdecimal() and (folder.name == str(self.number) or self._is_gone(folder.name)):
                     shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # another worker has rows there
                 (self.folder / CACHE).rmdir()
 
+    def _require_same(self) -> None:
+        """Refuses a study of another search.
+
+        Raises:
+            SearchError: it is one.
+        """
+        known = self.study.user_attrs.get(ASKED, {})
+        if known != self.asked:
+            other = next(key for key in {**known, **self.asked} if known.get(key) != self.asked.get(key))
+            raise SearchError(
+                f"{str(self.folder)!r} holds a search with another {other}. Name another folder, or search as before."
+            )
+
     def _spent(self, over: list[FrozenTrial]) -> bool:
         """Tells whether no other trial begins."""
-        seconds = sum((own.duration.total_seconds() for own in over if own.duration), 0.0)
-        told = sum(REFUSED not in own.user_attrs for own in over)
-        if len(self._refused) >= REFUSALS and not told:
-            raise SearchError(
-                f"Of {REFUSALS} recipes none could be run. Widen the space or the budget. The last: {self._refused[-1]}"
-            )
-        return (
-            (self.budget.trials is not None and told >= self.budget.trials)
-            or (self.budget.seconds is not None and seconds >= self.budget.seconds)
-            or len(self._refused) >= REFUSALS
+        told = [own for own in over if REFUSED not in own.user_attrs]
+        seconds = sum((own.duration.total_seconds() for own in told if own.duration), 0.0)
+        if len(self._refused) >= REFUSALS:
+            said = f"Of {REFUSALS} recipes in a row none could be run. The last: {self._refused[-1]}"
+            if not told:
+                raise SearchError(f"{said} Widen the space or the budget.")
+            warnings.warn(f"The search ends before its budget is spent. {said}", stacklevel=2)
+            return True
+        return (self.budget.trials is not None and len(told) >= self.budget.trials) or (
+            self.budget.seconds is not None and seconds >= self.budget.seconds
         )
 
     def _put_lost_in_line(self) -> None:
@@ -190,8 +203,10 @@ class Desk:
             worker = own.user_attrs.get(WORKER)  # None of one that was gone at once: its claim is over
             if worker is not None and worker != self.number and not self._is_gone(str(worker)):
                 continue
-            if draws := {**own.system_attrs.get("fixed_params", {}), **own.params}:
-                self.study.enqueue_trial(draws)
+            tries = own.user_attrs.get(TRIES, 0) + 1
+            draws = {**own.system_attrs.get("fixed_params", {}), **own.params}
+            if draws and tries < MOST_TRIES:
+                self.study.enqueue_trial(draws, user_attrs={TRIES: tries})
             self.study.tell(own.number, state=TrialState.FAIL)
 
     def _locked(self, number: int | str) -> FileLock | None:
@@ -240,6 +255,8 @@ def _opened(folder: Path) -> optuna.Study:
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{(folder / STUDY).absolute()}", engine_kwargs={"connect_args": {"timeout": _CANNOT_WAIT}}
     )
+    if others := set(optuna.get_all_study_names(storage)) - {NAME}:
+        raise SearchError(f"{str(folder / STUDY)!r} holds {min(others)!r}, a study of your own. Name another folder.")
     return optuna.create_study(
         storage=storage,
         study_name=NAME,
@@ -256,9 +273,25 @@ def _require_own(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise SearchError(f"The folder {str(folder)!r} is a file. Name another one.")
-    own = {CLAIM, WORKERS, CACHE, FRONT, PICTURE}  # what a search may leave that ended before it had a study
-    if folder.is_dir() and not (folder / STUDY).exists() and any(file.name not in own for file in folder.iterdir()):
+    if folder.is_dir() and not (folder / STUDY).exists() and any(file.name != CLAIM for file in folder.iterdir()):
         raise SearchError(f"The folder {str(folder)!r} is not empty, and holds no search. Name another one.")
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Makes a folder for a search.
+
+    Raises:
+        SearchError: the folder can't be made or written to, or its study can't be read.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SearchError(
+            f"The search can't be kept in {str(folder)!r}: {reason}. Free space, or name another folder."
+        ) from error
 
 
 @contextmanager

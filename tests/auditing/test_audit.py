@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_freeze import AuditReport, BottleneckConfig, Finding, audit, freeze
 from hf_freeze.auditing.codes import CODES
@@ -250,6 +251,36 @@ def test_a_probe_tells_how_far_the_loss_falls_as_it_is_and_with_all_unfrozen(ber
     assert (found.steps, found.before) == (5, pytest.approx(bert.eval()(**BATCH).loss.item()))
     assert (found.frozen, found.unfrozen) == (pytest.approx(after(trained)), pytest.approx(after(everything)))
     assert found.unfrozen < found.frozen < found.before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_probe_takes_steps_that_are_too_small_for_the_weights_own_precision(dtype):
+    """bfloat16 rounds 1 - 0.001 to 1; in float16 the 1e-8 under a gradient of 0 is 0, and 0 / 0 no number."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, dtype=dtype))
+
+        def forward(self, of):
+            return {"loss": (self.weight.float() * of).sum()}
+
+    found = probe(Sum(), {"of": torch.tensor([1.0, 0.0])}, {"weight": 1e-3})
+
+    assert found.before == 1
+    assert found.unfrozen == found.frozen == pytest.approx(1 - 5e-3, abs=2**-8)
+    assert found.unfrozen < 1
+
+
+def test_a_probe_of_what_the_loss_does_not_depend_on_says_so(make_bert):
+    model = make_bert()
+    freeze(model, "all - pooler")
+    model.forward = lambda labels=None, **inputs: SequenceClassifierOutput(
+        loss=nn.functional.cross_entropy(model.classifier(model.bert(**inputs).last_hidden_state[:, 0]), labels)
+    )
+    found = probe(model, BATCH, {})
+
+    assert found.frozen == found.before > found.unfrozen
 
 
 def test_the_answer_to_accuracy_fell_compares_with_the_unfrozen_probe(bert):

@@ -96,6 +96,13 @@ def test_plasticity_goes_on_where_a_reference_is_taken_anew(places, window):
     assert policy.state_dict()["courses"]["layers[0]"]["moved"] == pytest.approx(moved[-window - 1 :])
 
 
+def test_a_layer_that_has_not_moved_yet_is_not_at_rest():
+    policy = PlasticityFreezing(every=1, window=1)
+    waiting = [0.0] * 4 + [1.0]  # as where mixed precision skips the first steps
+
+    assert answers(policy, *courses(waiting, *[slowing(5, 1.0)] * 3)) == [None] * 5
+
+
 def test_what_is_no_number_freezes_nothing():
     policy = PlasticityFreezing(every=1, window=1, tolerance=0.9)
     broken = [0.0, float("nan"), float("nan"), float("nan"), float("nan")]

@@ -15,7 +15,7 @@ from torch import nn
 from training import Watch, differing, losses, make_trainer, rows, tiny_bert, weights
 from transformers import TrainerCallback
 
-from hf_freeze import AdaptiveFreezing, BottleneckConfig, Decision, layer_map
+from hf_freeze import AdaptiveFreezing, BottleneckConfig, Decision, PrefixCache, freeze, layer_map
 from hf_freeze.errors import PolicyError
 from hf_freeze.policies.probing import Probe, few, similarity
 
@@ -111,6 +111,7 @@ def test_layers_that_are_frozen_are_not_measured_and_a_whole_prefix_costs_no_pas
     model = tiny_bert()
     layers = {s.name: [*map(model.get_submodule, s.module_names)] for s in layer_map(model).layers}
     probe = Probe(model, layers, {})
+    probe.wait()
     model.train()(input_ids=torch.stack([own["input_ids"] for own in rows(4)]))
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
@@ -134,6 +135,7 @@ def test_any_architecture_has_similarities_of_all_its_layers(model_type):
     model = tiny_model(model_type)
     layers = {s.name: [*map(model.get_submodule, s.module_names)] for s in layer_map(model).layers}
     probe = Probe(model, layers, {})
+    probe.wait()
     model.train()(**tiny_inputs(model, batch_size=3))
     found = Probe(model, layers, json.loads(json.dumps(probe.kept))).similarities(layers)
 
@@ -186,7 +188,33 @@ def test_few_rows_are_few_and_small():
 def test_inputs_that_can_not_be_kept_are_refused():
     model = nn.Linear(2, 2)
     probe = Probe(model, {}, {})
+    probe.wait()
     model.forward = lambda own: own
     with pytest.raises(PolicyError, match="The model is given an input of the type object"):
         model(object())
     assert probe.kept == {}
+
+
+def test_rows_that_would_fill_checkpoints_are_refused():
+    model = nn.Identity()
+    probe = Probe(model, {}, {})
+    probe.wait()
+    with pytest.raises(PolicyError, match="would take 20 MiB in each checkpoint, and 16 may"):
+        model(torch.zeros(2, 5 * 2**19))
+    assert probe.kept == {}
+
+
+@pytest.mark.parametrize("cache_first", [False, True])
+def test_the_rows_are_the_batchs_where_a_cache_tries_the_model_in_the_same_call(tmp_path, cache_first):
+    """In its trial the cache calls the model with two rows, inside the call that is the first batch's."""
+    found = []
+    for caches in ([], [PrefixCache()]):
+        model, policy = tiny_bert(), Reader()
+        freeze(model, "embeddings, layers[:1]")
+        adaptive = AdaptiveFreezing(policy)
+        callbacks = [*caches, adaptive] if cache_first else [adaptive, *caches]
+        trainer = make_trainer(tmp_path, *callbacks, model=model, steps=5, per_device_train_batch_size=6)
+        trainer.train()
+        assert len(kept_rows(trainer)) == 6
+        found.append(torch.tensor([list(own.similarities.values()) for own in policy.asked[1:]]))
+    assert caches[0].hits and torch.allclose(*found, atol=1e-5)
