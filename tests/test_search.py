@@ -85,7 +85,7 @@ class Dice:
     def suggest_int(self, name, low, high):
         return self.drawn.setdefault(name, self.dice.randint(low, high))
 
-    def suggest_float(self, name, low, high, log=False):
+    def suggest_float(self, name, low, high, step=None, log=False):
         return self.drawn.setdefault(name, self.dice.uniform(low, high))
 
     def suggest_categorical(self, name, choices):
@@ -149,7 +149,7 @@ def test_the_search_begins_with_the_recipe(recipe, judge):
         Recipe.from_preset("surgical"),
         Recipe(lr=1e-8),
         Recipe(epochs=9),
-        Recipe(epochs=1.5),
+        Recipe(epochs=1.25),
         Recipe(freeze="base"),
         Recipe(unfreeze="lisa"),
         Recipe(layer_decay=0.1),
@@ -378,7 +378,8 @@ def test_a_worker_waits_for_the_last_trials_of_others_and_takes_over_what_they_l
         other = stays.enter_context(asked(tmp_path, trials=1))
         value = draw(other.take())
         monkeypatch.setattr("time.sleep", lambda _: stays.close())  # the other one is gone meanwhile
-        with asked(tmp_path, trials=1) as desk:
+        turns = iter([True, True])  # and no third: it would wait for ever
+        with asked(tmp_path, trials=1, alive=lambda: next(turns, False)) as desk:
             assert draw(desk.take()) == value
 
 

@@ -55,10 +55,13 @@ def started(tmp_path: Path, base: Recipe) -> subprocess.Popen[bytes]:
 
 
 def wait_for(met, process: subprocess.Popen[bytes]) -> None:
+    """Waits until it is so; ends the process where it takes too long."""
     deadline = time.monotonic() + 120
     while not met():
         assert process.poll() is None, "it has ended before"
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError("it did not come to that")
         time.sleep(0.05)
 
 
@@ -67,7 +70,7 @@ def test_a_search_that_was_killed_goes_on_with_nothing_lost(tmp_path):
     process = started(tmp_path, BASE)
     wait_for(lambda: in_a_state(folder, TrialState.COMPLETE) and in_a_state(folder, TrialState.RUNNING), process)
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     before = {own.number: own.values for own in in_a_state(folder, TrialState.COMPLETE)}
     lost = in_a_state(folder, TrialState.RUNNING)
 
@@ -88,7 +91,7 @@ def test_two_that_are_started_share_a_search(tmp_path):
     process = started(tmp_path, base)
     wait_for((tmp_path / "out" / "study.db").exists, process)  # both load the model now
     search(base, SPACE, SearchBudget(trials=TRIALS), tmp_path / "out")
-    assert process.wait() == 0
+    assert process.wait(timeout=300) == 0
     over = in_a_state(tmp_path / "out", TrialState.COMPLETE) + in_a_state(tmp_path / "out", TrialState.PRUNED)
     assert len(over) == len(trials_in(tmp_path / "out")) == TRIALS
     assert len({json.dumps(own.params) for own in over}) == TRIALS
