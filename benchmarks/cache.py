@@ -276,8 +276,9 @@ def whole_runs(options: argparse.Namespace) -> str:
             [silently(replace(recipe, seed=seed), corpus) for recipe in recipes] for seed, corpus in enumerate(corpora)
         ]
         texts = len(corpora[0].train.texts)
-        for recipe, own, full in zip(recipes, zip(*runs, strict=True), [[run[0] for run in runs]] * len(recipes), strict=True):
-            share = median(ratios([run.seconds for run in own], [run.seconds for run in full]))
+        full = [run[0].seconds for run in runs]
+        for recipe, own in zip(recipes, zip(*runs, strict=True), strict=True):
+            share = median(ratios([run.seconds for run in own], full))
             accuracies = [run.accuracy for run in own]
             lines.append(
                 f"| {texts} | {recipe.name} | {median([run.seconds for run in own]):.1f} | {share:.3f} "
