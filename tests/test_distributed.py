@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import ranks
 import torch
 from filelock import FileLock
+from launching import launch
 from torch import nn
 from training import Watch, differing, make_trainer, names_in, tiny_bert
 
@@ -29,18 +28,6 @@ from hf_freeze.distributed import (
 from hf_freeze.errors import ScheduleError
 
 
-def launch(processes: int, folder: Path, *names: str) -> subprocess.CompletedProcess:
-    """Runs scenarios on so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, ranks.__file__, str(folder), *names],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def seen(folder: Path, name: str, processes: int = 2) -> list[dict]:
     """What each rank saw in a scenario."""
     return [torch.load(folder / f"{name}.{rank}.pt") for rank in range(processes)]
@@ -55,7 +42,7 @@ def two(tmp_path_factory) -> Path:
             folder.mkdir()
             resumed = [f"sharded, resumed from {step}" for step in ranks.BOUNDARIES]
             loose = ["uncrashed", "naive", *ranks.LOOPS, "sharded, uncrashed", *resumed]
-            done = launch(2, folder, *ranks.EQUAL, *ranks.REFUSED, *loose)
+            done = launch(ranks.__file__, folder, *ranks.EQUAL, *ranks.REFUSED, *loose)
             assert done.returncode == 0, done.stderr
     return folder
 
@@ -101,7 +88,7 @@ def test_a_freeze_that_is_flipped_by_hand_lets_the_ranks_drift(two):
 @pytest.mark.slow
 def test_four_processes_are_one_process_too(tmp_path):
     names = ("plain", "used only, checkpointing", "sharded", "sharded, adamw")
-    done = launch(4, tmp_path, *names)
+    done = launch(ranks.__file__, tmp_path, *names, processes=4)
     assert done.returncode == 0, done.stderr
     for name in names:
         runs, alone = seen(tmp_path, name, 4), ranks.run(tmp_path / "alone", name)
@@ -114,10 +101,10 @@ def test_four_processes_are_one_process_too(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_resumed_they_are_the_uncrashed_run(two, tmp_path):
-    killed = launch(2, tmp_path, "killed")
+    killed = launch(ranks.__file__, tmp_path, "killed")
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [f"checkpoint-{step}" for step in (1, 2, 3)]
-    done = launch(2, tmp_path, "resumed")
+    done = launch(ranks.__file__, tmp_path, "resumed")
     assert done.returncode == 0, done.stderr
     for resumed, uncrashed in zip(seen(tmp_path, "resumed"), seen(two, "uncrashed"), strict=True):
         assert len(resumed["weights"]) == 4

@@ -7,15 +7,13 @@ first, and that the metric has stopped improving is measured and not made up.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 import waiting
+from launching import launch
 from peft import get_peft_model
 from training import Watch, differing, losses, make_trainer, optimizer_state, tiny_bert, weights
 from transformers import TrainerState, get_scheduler
@@ -430,11 +428,7 @@ def test_a_preset_sees_in_a_new_trainer_the_model_that_it_saw_in_the_first(tmp_p
 
 @pytest.mark.slow
 def test_on_two_processes_all_ranks_change_stages_alike_and_as_one_process_does(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, waiting.__file__, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
-    )
+    done = launch(waiting.__file__, tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = waiting.happened(tmp_path / "alone")

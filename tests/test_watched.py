@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import watched
+from launching import launch
 
 pytestmark = pytest.mark.slow
 
@@ -17,14 +15,7 @@ pytestmark = pytest.mark.slow
 def two(tmp_path_factory):
     """The folder of one launch on two processes with all scenarios."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, watched.__file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launch(watched.__file__, folder)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -171,17 +171,17 @@ class Server:
         self._layout = None
         if self.filling:
             self.turn.waiting.add(self)
-        depth, reason = self.prefix.depth()
-        outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
         self._drop_training()
         inputs = named_inputs(model, args, kwargs)
         if strange := self._strange_call(model, inputs):
             self.tell(f"The prefix cache stands aside where {strange}.")
             return
+        depth, reason = self.prefix.depth()
         if not depth:
             self.tell(f"The prefix cache stands aside: {reason}, so that there is no frozen prefix.")
             return
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        outside = tuple(parameter.requires_grad for parameter in self.prefix.outside)
         cut = token_mask(inputs) is not None
         situation = (depth, model.training, autocast, outside, cut)
         if situation not in self._layouts:

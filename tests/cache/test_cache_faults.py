@@ -29,13 +29,7 @@ from hf_freeze.cache.storage import Room, Store
 Run = tuple[list[float], dict[str, Tensor]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With more threads torch cuts small batches in pieces that round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

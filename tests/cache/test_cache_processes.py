@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import prefixed
 import pytest
 import torch
+from launching import launch
 from prefixed import PLACES, ROWS, SMALL_CHUNK, small_model, small_rows, train
 from training import differing
 
@@ -28,13 +25,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["transformers.trainer", "transformers.models.bert.modeling_bert", "hf_freeze.callbacks"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the other processes: with more, torch cuts small batches in pieces that round otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # DDP
@@ -44,14 +35,7 @@ def one_thread() -> Iterator[None]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of one launch on two processes, and what each rank saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, prefixed.__file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launch(prefixed.__file__, folder)
     assert done.returncode == 0, done.stderr
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

@@ -1,4 +1,4 @@
-"""A run that a policy decides on, gone on with from its checkpoints: it ends as the one that was not stopped."""
+"""A run that a policy decides on ends alike where it is gone on with from its checkpoints, and with a prefix cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from training import differing, losses, make_trainer, optimizer_state, weights
-from transformers import Trainer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hf_freeze import AdaptiveFreezing
+from hf_freeze import AdaptiveFreezing, Decision, PrefixCache
+from hf_freeze.data import embedded_model_path
 
 
 def decided(trainer: Trainer) -> list[dict[str, Any]]:
@@ -34,3 +36,30 @@ def resumes_alike(folder: Path, policy: Callable[[], Any], steps: int, at: Itera
         assert losses(resumed) == losses(whole)
         assert decided(resumed) == decided(whole)
     return whole
+
+
+def cached_alike(folder: Path, policy: Callable[[], Any], steps: int) -> list[tuple[int, Decision]]:
+    """Trains the embedded model without the cache and with it; returns what was decided."""
+
+    def trained(*callbacks: TrainerCallback) -> tuple[Trainer, AdaptiveFreezing]:
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            embedded_model_path(), num_labels=2, attn_implementation="eager"
+        )
+        rows = [{"input_ids": torch.arange(101 + own, 109 + own), "labels": own % 2} for own in range(8)]
+        callback = AdaptiveFreezing(policy())
+        arguments = TrainingArguments(
+            str(folder), max_steps=steps, per_device_train_batch_size=4, save_strategy="no", report_to=[], use_cpu=True,
+            learning_rate=1e-4, logging_steps=1, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback, *callbacks])
+        trainer.train()
+        return trainer, callback
+
+    cache = PrefixCache()
+    (plain, first), (cached, second) = trained(), trained(cache)
+    assert first.decisions == second.decisions
+    assert cache.hits > 0
+    assert losses(plain) == losses(cached)
+    assert differing(weights(plain.model), weights(cached.model)) == []
+    return first.decisions

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import launch
 
 from hf_freeze import write_report
 from hf_freeze.report.lines import RECORD_FILE, lines_of
@@ -18,9 +19,11 @@ pytestmark = pytest.mark.slow
 SCRIPT = str(Path(__file__).with_name("recorded.py"))
 
 
-def launched(folder: Path, *launcher: str) -> Path:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
     done = subprocess.run(
-        [sys.executable, *launcher, SCRIPT, str(folder)],
+        [sys.executable, SCRIPT, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -31,14 +34,11 @@ def launched(folder: Path, *launcher: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    return launched(tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    return launched(tmp_path_factory.mktemp("two"), *launcher)
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(SCRIPT, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.mark.parametrize("name", ["ddp", "sharded"])
