@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .telling import Adapter, Freeze, Unfreeze, told
+
 if TYPE_CHECKING:
     from ..planning import Fit, Plan
     from ..recipes import Recipe
@@ -18,11 +20,9 @@ def plan(
             help="A model folder, a hub name, or 'embedded', which also stands for none.", show_default=False
         ),
     ] = None,
-    freeze: Annotated[
-        str | None, typer.Option(help="Selector of what does not train, e.g. 'embeddings, layers[:3]'.")
-    ] = None,
-    adapter: Annotated[int | None, typer.Option(help="Bottleneck size of adapters behind each layer.")] = None,
-    unfreeze: Annotated[str | None, typer.Option(help="A preset, such as 'gradual', or a YAML file.")] = None,
+    freeze: Freeze = None,
+    adapter: Adapter = None,
+    unfreeze: Unfreeze = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe, by its file or its name; the other options go before it.")
     ] = None,
@@ -49,7 +49,6 @@ def plan(
     from rich.console import Console
 
     from .tables import print_json
-    from .telling import told
 
     if fits is None:
         options = {"model": model, "freeze": freeze, "batch_size": batch_size, "max_length": length}

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .telling import Dataset, LabelColumn, Limit, Model, TextColumn, told
+
 
 def search(
     recipe: Annotated[
@@ -15,13 +17,11 @@ def search(
     space: Annotated[
         Path | None, typer.Option(help="A YAML file of what may be tried; all that can be unless told.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder, a hub name, or 'embedded'.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="A folder of texts, a CSV or JSON file, or a data set's name.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="The column that holds the label.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many training texts.")] = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    limit: Limit = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text; the recipe's unless told.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of draws, splits and runs; the recipe's unless told.")] = None,
     trials: Annotated[
@@ -50,7 +50,6 @@ def search(
     from ..searching import SearchBudget, SearchSpace
     from ..searching import search as search_recipes
     from .tables import only_json, print_json
-    from .telling import told
 
     options = {"model": model, "max_length": max_length, "seed": seed}
     texts = {"name": dataset, "text_column": text_column, "label_column": label_column, "limit": limit}

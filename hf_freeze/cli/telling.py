@@ -1,14 +1,25 @@
-"""What the options of a command say, put into a recipe: for `train`, `plan` and `search`."""
+"""The options that `train`, `plan` and `search` share, and what they say, put into a recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from ..adapters import BottleneckConfig
     from ..recipes import Recipe
     from ..schedules import UnfreezeSchedule
+
+Model = Annotated[str | None, typer.Option(help="A model folder, a hub name, or 'embedded'.")]
+Dataset = Annotated[str | None, typer.Option(help="A folder of texts, a CSV or JSON file, or a data set's name.")]
+TextColumn = Annotated[str | None, typer.Option(help="The column that holds the text.")]
+LabelColumn = Annotated[str | None, typer.Option(help="The column that holds the label.")]
+Limit = Annotated[int | None, typer.Option(help="At most so many training texts.")]
+Freeze = Annotated[str | None, typer.Option(help="Selector of what does not train, e.g. 'embeddings, layers[:3]'.")]
+Adapter = Annotated[int | None, typer.Option(help="Bottleneck size of adapters behind each layer.")]
+Unfreeze = Annotated[str | None, typer.Option(help="A preset, such as 'gradual', or a YAML file.")]
 
 
 def told(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .telling import Adapter, Dataset, Freeze, LabelColumn, Limit, Model, TextColumn, Unfreeze, told
+
 if TYPE_CHECKING:
     from ..recipes import Recipe
 
@@ -15,17 +17,13 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="A recipe's name (see 'hf-freeze recipe list') or YAML file; options beat it.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder, a hub name, or 'embedded'.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="A folder of texts, a CSV or JSON file, or a data set's name.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="The column that holds the label.")] = None,
-    freeze: Annotated[
-        str | None, typer.Option(help="Selector of what does not train, e.g. 'embeddings, layers[:3]'.")
-    ] = None,
-    adapter: Annotated[int | None, typer.Option(help="Bottleneck size of adapters behind each layer.")] = None,
-    unfreeze: Annotated[str | None, typer.Option(help="A preset, such as 'gradual', or a YAML file.")] = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    freeze: Freeze = None,
+    adapter: Adapter = None,
+    unfreeze: Unfreeze = None,
     output: Annotated[Path, typer.Option(help="Folder to save the result to.")] = Path("outputs/train"),
     overwrite: Annotated[
         bool,
@@ -40,7 +38,7 @@ def train(
     warmup: Annotated[str | None, typer.Option(help="How long the rate rises: steps, or a share such as 10%.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's decay of weights; 0 unless told.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text; 128 unless told.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many training texts.")] = None,
+    limit: Limit = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of splits, head, dropout and shuffling; 0 unless told.")
     ] = None,
@@ -58,7 +56,6 @@ def train(
     Again, with the same result: hf-freeze train --recipe outputs/train/recipe.yaml --output outputs/again
     """
     from ..data import check_output_dir
-    from .telling import told
 
     check_output_dir(output, overwrite)
     options = {
