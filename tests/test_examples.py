@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from example_scripts import EXAMPLES, SCRIPTS, load
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SMALL = ["--limit", "40", "--epochs", "1", "--max-length", "16"]
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_is_short_and_has_help(path, capsys):
     assert len(path.read_text().splitlines()) < 120
     with pytest.raises(SystemExit) as stopped:
@@ -62,7 +51,7 @@ def test_trainer_staged_takes_data_and_a_schedule_of_ones_own(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_accelerate_loop_trains_its_stages_on_two_processes(tmp_path):
-    script = ROOT / "examples" / "accelerate_loop.py"
+    script = EXAMPLES / "accelerate_loop.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
         [*launch, *SMALL, "--batch-size", "4", "--output", str(tmp_path)], capture_output=True, text=True, timeout=300
