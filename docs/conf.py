@@ -1,44 +1,86 @@
 """Builds the manual: `make docs`. The pages are plain markdown; what only Sphinx needs is added here."""
 
 import inspect
+import re
 
 import hf_freeze
 
 project = "hf_freeze"
 author = "the hf_freeze authors"
 version = release = hf_freeze.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build", "notebooks/outputs", "**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"hf_freeze {version}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are kept with their outputs
+nb_merge_streams = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 default_role = "code"
 
-PAGES = (
-    "quickstart", "selectors", "freezing", "adapters", "adapterhub", "staged-unfreezing", "policies", "prefix-cache",
-    "plan", "audit", "report", "recipes", "search", "command-line", "architectures", "demo", "benchmarks", "api",
-)  # fmt: skip
+# What stands in the list of contents, in this order. `notebooks` is a link to the folder beside this one.
+PAGES = {
+    "Tutorial": (
+        "quickstart", "notebooks/1_finetune_bert", "notebooks/2_adapters", "notebooks/3_diagnosing",
+        "notebooks/4_vision_transfer", "notebooks/5_adaptive_and_search",
+    ),
+    "How-to guides": (
+        "adapterhub", "howto/peft-lora", "howto/hand-written-loop", "howto/several-processes", "howto/trl",
+        "howto/resume",
+    ),
+    "Manual": (
+        "selectors", "freezing", "adapters", "staged-unfreezing", "policies", "prefix-cache", "plan", "audit", "report",
+        "recipes", "search",
+    ),
+    "Explanation": (
+        "explanation/layer-map", "explanation/union-and-regroup", "explanation/eval-mode", "explanation/exact-cache",
+    ),
+    "Reference": ("command-line", "api", "architectures"),
+    "Measured": ("demo", "benchmarks", "claims"),
+}  # fmt: skip
+
+# Beside the public names: what they return, and what the pages take from elsewhere.
+ALSO = {
+    "auto": ["AutoFreezeModelForSequenceClassification"],
+    "certify": ["Certificate"],
+    "data": ["compute_metrics", "embedded_model_path", "load_corpus", "tokenize"],
+    "policies.protocol": ["Part"],
+    "recipes.parts": ["TextSource"],
+    "summary": ["Summary"],
+}
 
 
 def add_contents(app, docname, source):
-    """Gives the index the tree of pages, which a reader of the plain markdown has as a table."""
+    """Gives the index the tree of pages, which a reader of the plain markdown has as tables."""
     if docname == "index":
-        pages = "\n".join(page for page in PAGES if page in app.env.found_docs)
-        source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
+        for caption, pages in PAGES.items():
+            there = "\n".join(page for page in pages if page in app.env.found_docs)
+            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{there}\n```\n"
+
+
+def mend_links(app, docname, source):
+    """Lets links between pages and notebooks, which lie beside each other in a clone, lead to pages of the manual."""
+    if docname.startswith("notebooks/"):
+        source[0] = source[0].replace("](../docs/", "](../")
+    else:
+        source[0] = re.sub(r"\]\((?:\.\./)+notebooks/", "](/notebooks/", source[0])
 
 
 def add_reference(app, docname, source):
-    """Gives the API reference a section for each module and an entry for each public name."""
+    """Gives the API reference a section for each module and an entry for each name."""
     if docname != "api":
         return
-    for home, names in sorted(hf_freeze._HOMES.items()):
+    for home in sorted({*hf_freeze._HOMES, *ALSO}):
         source[0] += f"\n{home}\n{'-' * len(home)}\n\n"
-        for name in names:
-            kind = "class" if inspect.isclass(getattr(hf_freeze, name)) else "function"
-            source[0] += f".. auto{kind}:: hf_freeze.{name}\n"
+        entries = [("hf_freeze", name) for name in hf_freeze._HOMES.get(home, ())]
+        for module, name in [*entries, *((f"hf_freeze.{home}", name) for name in ALSO.get(home, ()))]:
+            value = getattr(__import__(module, fromlist=[name]), name)
+            kind = "class" if inspect.isclass(value) else "function"
+            source[0] += f".. auto{kind}:: {module}.{name}\n"
             source[0] += "   :members:\n   :special-members: __getitem__\n\n" if kind == "class" else "\n"
 
 
@@ -61,4 +103,5 @@ def draw_tables(app, what, name, obj, options, lines):
 def setup(app):
     app.connect("autodoc-process-docstring", draw_tables)
     app.connect("source-read", add_contents)
+    app.connect("source-read", mend_links)
     app.connect("source-read", add_reference)
