@@ -62,6 +62,9 @@ class StagedUnfreezing(TrainerCallback):
             not made; when training begins: a scheduler without lambdas, a scheduled parameter that the optimizer does
             not hold, stages that do not fit the run, or a checkpoint in which others trained.
 
+    Attributes:
+        engine: What carries the stages out, with the stage that is on; None before a Trainer is made.
+
     Example:
         >>> from hf_freeze import Stage
         >>> callback = StagedUnfreezing([Stage(0, "head"), Stage("50%", "layers[-2:]", lr=2e-5)])

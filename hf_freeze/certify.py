@@ -169,6 +169,9 @@ class CertifyCallback(TrainerCallback):
         CertificateError: at the end, something frozen has changed; at the first step, a tensor that has no data to
             hash, as under DeepSpeed's ZeRO-3.
 
+    Attributes:
+        certificate: That of the run before; None until one has ended.
+
     Example:
         >>> callback = CertifyCallback()
     """

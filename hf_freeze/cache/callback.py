@@ -56,6 +56,9 @@ class PrefixCache(TrainerCallback):
     Raises:
         CacheError: an unknown dtype, or a size that can't be read.
 
+    Attributes:
+        reasons: Why it has stood aside, each told once.
+
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from hf_freeze import freeze
