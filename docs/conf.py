@@ -2,14 +2,18 @@
 
 import inspect
 import re
+import shutil
+from pathlib import Path
 
 import hf_freeze
+
+HERE = Path(__file__).parent
 
 project = "hf_freeze"
 author = "the hf_freeze authors"
 version = release = hf_freeze.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "notebooks/outputs", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"hf_freeze {version}"
 html_static_path = ["static"]
@@ -22,7 +26,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 default_role = "code"
 
-# What stands in the list of contents, in this order. `notebooks` is a link to the folder beside this one.
+# What stands in the list of contents, in this order.
 PAGES = {
     "Tutorial": (
         "quickstart", "notebooks/1_finetune_bert", "notebooks/2_adapters", "notebooks/3_diagnosing",
@@ -62,12 +66,22 @@ def add_contents(app, docname, source):
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{there}\n```\n"
 
 
+def bring_notebooks(app, config):
+    """Copies the notebooks here, from the folder beside this one: Sphinx reads pages from one folder alone."""
+    shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+    (HERE / "notebooks").mkdir()
+    for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
+        shutil.copy(notebook, HERE / "notebooks")
+
+
 def mend_links(app, docname, source):
-    """Lets links between pages and notebooks, which lie beside each other in a clone, lead to pages of the manual."""
+    """Lets links that lead somewhere in a clone lead to pages of the manual; to what is none, there is no link."""
+    text = re.sub(r"\[([^\]]+)\]\((?:\.\./)+[A-Z]+\.md[^)]*\)", r"\1", source[0])  # README, CONTRIBUTING, CHANGELOG
     if docname.startswith("notebooks/"):
-        source[0] = source[0].replace("](../docs/", "](../")
+        text = text.replace("](../docs/", "](../")
     else:
-        source[0] = re.sub(r"\]\((?:\.\./)+notebooks/", "](/notebooks/", source[0])
+        text = re.sub(r"\]\((?:\.\./)+notebooks/", "](/notebooks/", text)
+    source[0] = text
 
 
 def add_reference(app, docname, source):
@@ -102,6 +116,7 @@ def draw_tables(app, what, name, obj, options, lines):
 
 def setup(app):
     app.connect("autodoc-process-docstring", draw_tables)
+    app.connect("config-inited", bring_notebooks)
     app.connect("source-read", add_contents)
     app.connect("source-read", mend_links)
     app.connect("source-read", add_reference)
