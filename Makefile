@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FEDERATED := $(VENV)/federated
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -18,13 +19,23 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# Flower wants older versions of some packages than all else is tested with: an environment on top of the first, whose
+# packages and pip it sees.
+$(FEDERATED)/.installed: $(STAMP) constraints-federated.txt
+	$(BIN)/python -m venv --clear --without-pip $(FEDERATED)
+	site=$$($(FEDERATED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && $(BIN)/python -c \
+		"import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > $$site/main.pth
+	$(FEDERATED)/bin/python -m pip install --quiet --constraint constraints-federated.txt 'hf-freeze[federated]'
+	touch $@
+
 demo: $(STAMP) ## Fine-tunes the embedded BERT on the embedded news in four ways, and compares them
 	$(BIN)/hf-freeze demo
 
-test: $(STAMP) ## Runs all that CI runs
+test: $(STAMP) $(FEDERATED)/.installed ## Runs all that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(FEDERATED)/bin/python -m pytest -q tests/test_federated.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 style: $(STAMP) ## Formats, and mends what can be mended

@@ -58,6 +58,10 @@ class SearchError(FreezeError):
     """A search that can't be made: without Optuna, in a folder of another one, in a space in which nothing runs."""
 
 
+class FederatedError(FreezeError):
+    """What can't be sent to or taken from the other side of a federation."""
+
+
 class DataError(FreezeError):
     """A data set, a model folder or an output folder that can't be used."""
 
