@@ -53,7 +53,7 @@ def tones(count: int, seed: int, seconds: float = 0.5, contours: Sequence[str] =
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(contours), (count,), generator=draw)
     time = torch.linspace(-1, 1, int(seconds * RATE))
-    shapes = {"steady": 0 * time, "rising": time, "falling": -time, "wavering": torch.sin(3 * torch.pi * time)}
+    shapes = {"steady": 0 * time, "rising": time, "falling": -time, "wavering": torch.cos(3 * torch.pi * time)}
     contour = torch.stack([shapes[name] for name in contours])[labels]
     pitch = 200 * 2 ** torch.rand(count, 1, generator=draw)
     octaves = 0.2 + 0.2 * torch.rand(count, 1, generator=draw)
@@ -63,9 +63,9 @@ def tones(count: int, seed: int, seconds: float = 0.5, contours: Sequence[str] =
     return volume * (sound + 0.1 * torch.randn(sound.shape, generator=draw)), labels
 
 
-def log_mel(waves: Tensor, bins: int = 80) -> Tensor:
-    """Returns what Whisper takes: log-mel spectrograms of one second, of shape (count, bins, 100)."""
+def log_mel(waves: Tensor, bins: int = 80, seconds: int = 1) -> Tensor:
+    """Returns what Whisper takes: log-mel spectrograms of shape (count, bins, 100 * seconds), padded with silence."""
     from transformers import WhisperFeatureExtractor
 
-    extractor = WhisperFeatureExtractor(feature_size=bins, sampling_rate=RATE, chunk_length=1)
+    extractor = WhisperFeatureExtractor(feature_size=bins, sampling_rate=RATE, chunk_length=seconds)
     return extractor([wave.numpy() for wave in waves], sampling_rate=RATE, return_tensors="pt").input_features
