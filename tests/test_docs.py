@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
+import inspect
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 import typer
 
+import hf_freeze
 from hf_freeze.cli import app
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
 PAGES = [ROOT / "README.md", *DOCS]
 WITH_LINKS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 COMMANDS = typer.main.get_command(app).commands
@@ -116,6 +124,64 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
+def test_every_page_and_notebook_is_in_the_contents_and_on_the_first_page():
+    listed = [page for pages in runpy.run_path(str(ROOT / "docs" / "conf.py"))["PAGES"].values() for page in pages]
+    written = {name(page).removeprefix("docs/").removesuffix(".md") for page in DOCS} - {"index"}
+    notebooks = {f"notebooks/{notebook.stem}" for notebook in (ROOT / "notebooks").glob("*.ipynb")}
+    assert len(listed) == len(set(listed))
+    assert written | notebooks | {"api"} <= set(listed)
+
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    first_page = {link.removeprefix("../").removesuffix(".md").removesuffix(".ipynb") for link in links}
+    assert written | notebooks <= first_page
+
+
+# The reference
+
+
+PUBLIC = [*hf_freeze.__all__, "AutoFreezeModelForSequenceClassification"]
+
+
+def own_classes(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if base.__module__.startswith("hf_freeze")]
+
+
+def members(cls: type) -> dict[str, Any]:
+    """Returns the public methods and properties of a class that it has from this package."""
+    kinds = (staticmethod, classmethod, property, cached_property)
+    return {
+        attribute: value
+        for base in reversed(own_classes(cls))
+        for attribute, value in vars(base).items()
+        if not attribute.startswith("_") and (inspect.isfunction(value) or isinstance(value, kinds))
+    }
+
+
+def attributes(cls: type) -> Iterator[str]:
+    """Yields the names of a class's public fields, and of what its ``__init__`` sets."""
+    for base in own_classes(cls):
+        yield from (own for own, kind in inspect.get_annotations(base).items() if "ClassVar" not in str(kind))
+        if "__init__" in vars(base) and not hasattr(base, "__dataclass_fields__"):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base.__init__)))
+            stored = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+            yield from (n.attr for n in stored if isinstance(n.ctx, ast.Store) and ast.unparse(n.value) == "self")
+
+
+@pytest.mark.parametrize("public", PUBLIC)
+def test_a_public_name_is_documented_with_all_that_is_public_in_it(public):
+    value = getattr(hf_freeze, public)
+    text = inspect.getdoc(value) or ""
+    assert text and not text.startswith(f"{public}("), "a dataclass without a docstring is given its signature"
+    if not inspect.isclass(value):
+        asked = inspect.signature(value).parameters
+        assert [name for name in asked if not re.search(rf"^ *{name}: |`{name}`", text, re.M)] == []
+        return
+    assert [name for name, member in members(value).items() if not (member.__doc__ or "").strip()] == []
+    told = "\n".join(base.__doc__ or "" for base in own_classes(value))
+    named = [name for name in attributes(value) if not name.startswith("_")]
+    assert [name for name in named if not re.search(rf"^ *{name}: ", told, re.M)] == []
+
+
 @pytest.mark.slow
 def test_the_manual_builds_without_a_warning(tmp_path):
     pytest.importorskip("sphinx")
@@ -126,4 +192,13 @@ def test_the_manual_builds_without_a_warning(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
-    assert all(f'id="hf_freeze.{public}"' in page for public in __import__("hf_freeze").__all__)
+    for public in hf_freeze.__all__:
+        assert f'id="hf_freeze.{public}"' in page
+        own = members(value) if inspect.isclass(value := getattr(hf_freeze, public)) else ()
+        assert [
+            member for member in own if member in vars(value) and f'id="hf_freeze.{public}.{member}"' not in page
+        ] == []
+    notebooks = [notebook.stem for notebook in (ROOT / "notebooks").glob("*.ipynb")]
+    for notebook in notebooks:
+        shown = (tmp_path / "html" / "notebooks" / f"{notebook}.html").read_text(encoding="utf-8")
+        assert "<img" in shown, "the pictures of a notebook are shown"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -39,12 +40,23 @@ def test_a_notebook_is_kept_as_it_ran(path):
         assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_says_how_to_use_what_is_on_the_hub_and_its_links_lead_somewhere(path):
+    told = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    assert any(re.search(r"\bhub\b", text) and "```python" in text for text in told)
+    for target in re.findall(r"\]\(([^)\s]+)\)", "\n".join(told)):
+        if not target.startswith("https://"):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_scratch(path, tmp_path):
     kept = nbformat.read(path, as_version=4)
     notebook = nbformat.from_dict({**kept, "cells": [{**cell} for cell in kept.cells]})
 
+    begun = time.perf_counter()
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     assert pictures(notebook) == pictures(kept)
+    assert time.perf_counter() - begun < 300
