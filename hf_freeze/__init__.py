@@ -31,6 +31,7 @@ _HOMES = {
     "planning": ["Plan", "fits", "plan"],
     "policies": [
         "AdaptiveFreezing",
+        "AttentionFreezing",
         "Decision",
         "FreezePolicy",
         "GradientNormFreezing",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from .planning import fits as fits
     from .planning import plan as plan
     from .policies import AdaptiveFreezing as AdaptiveFreezing
+    from .policies import AttentionFreezing as AttentionFreezing
     from .policies import Decision as Decision
     from .policies import FreezePolicy as FreezePolicy
     from .policies import GradientNormFreezing as GradientNormFreezing

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from hf_freeze import (
     AdaptiveFreezing,
+    AttentionFreezing,
     BottleneckConfig,
     GradientNormFreezing,
     LisaSampling,
@@ -40,6 +41,7 @@ STAGES = [
     Stage("80%", "embeddings, head", layer_decay=0.9),
 ]
 POLICIES = {
+    "attention": lambda: AttentionFreezing(every=2, confidence=0.3),
     "gradient_norm": lambda: GradientNormFreezing(every=2, window=3),
     "lisa": lambda: LisaSampling(layers=1, every=3),
     "relative_gradient": lambda: RelativeGradientTuning(every=2, window=2),

@@ -1,5 +1,6 @@
 """Deciding what to freeze while a run goes on: one protocol, a file for each, and the callback that asks."""
 
+from .attention import AttentionFreezing as AttentionFreezing
 from .callback import AdaptiveFreezing as AdaptiveFreezing
 from .gradient_norm import GradientNormFreezing as GradientNormFreezing
 from .lisa import LisaSampling as LisaSampling

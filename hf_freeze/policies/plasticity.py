@@ -76,7 +76,7 @@ class PlasticityFreezing:
     falling to 0. The paper thaws all layers when the learning rate has fallen far.
 
     Args:
-        every: Optimizer steps from one measurement to the next: a forward pass of eight rows each.
+        every: Optimizer steps from one measurement to the next: a forward pass of four rows each.
         window: Measurements in a moving average, and how many in a row have to agree.
         tolerance: Which share of its largest slope a layer may have when it freezes.
 

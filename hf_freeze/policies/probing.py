@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import PolicyError
 from .protocol import Similarity
 
-ROWS = 8
+ROWS = 4
 LIMIT = 4 * 2**20  # bytes of rows: images may be large, and they go into each checkpoint
 MOST = 4 * LIMIT  # where two rows are more, or a batch can't be told in rows
 _TENSOR = "hf_freeze.tensor"  # stands for a tensor in plain data, with its name
@@ -111,7 +111,7 @@ def few(inputs: Any) -> tuple[Any, int]:
     """Returns a few rows of a model's inputs, and how many; all of a batch whose tensors do not have a row each.
 
     >>> few([[], {"input_ids": torch.zeros(32, 5), "labels": torch.arange(32), "scale": 0.5}])[1]
-    8
+    4
     """
     args, kwargs = inputs
     tensors = [own for own in (*args, *kwargs.values()) if isinstance(own, Tensor) and own.ndim]

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from hf_freeze import AdaptiveFreezing, BottleneckConfig, Decision, PrefixCache, freeze, layer_map
 from hf_freeze.errors import PolicyError
-from hf_freeze.policies.probing import Probe, few, similarity
+from hf_freeze.policies.probing import ROWS, Probe, few, similarity
 
 ARCHITECTURES = ("bert", "gpt2", "llama", "t5", "albert", "xlnet", "vit", "resnet", "swin", "clip", "wav2vec2", "mamba")
 
@@ -157,7 +157,7 @@ def test_similarity_has_rows_of_norm_one_whatever_a_layer_puts_out(shape, rows_,
 
     own = torch.tensor(similarity(output, rows_))
 
-    assert own.shape[0] == own.shape[1] <= 8
+    assert own.shape[0] == own.shape[1] <= max(rows_, ROWS)
     assert own.norm(dim=1).tolist() == pytest.approx([1.0] * len(own), abs=1e-5)
 
 
@@ -170,16 +170,16 @@ def test_rows_are_found_where_positions_come_first():
 def test_of_a_single_row_positions_are_compared():
     output = torch.rand(1, 20, 4, generator=torch.Generator().manual_seed(0))
 
-    assert similarity(output, 1) == similarity(output[0, torch.linspace(0, 19, 8).long()], 8)
+    assert similarity(output, 1) == similarity(output[0, torch.linspace(0, 19, ROWS).long()], ROWS)
 
 
 def test_few_rows_are_few_and_small():
-    ids, image, wide = torch.zeros(32, 7), torch.zeros(32, 3, 224, 224), torch.zeros(2, 2000, 1000)
+    ids, image, wide = torch.zeros(32, 7), torch.zeros(32, 3, 320, 320), torch.zeros(2, 2000, 1000)
     (args, kwargs), count = few([[ids], {"labels": [{"box": 1}] * 32, "scale": torch.tensor(2.0), "names": ["a"]}])
 
-    assert count == 8
-    assert (len(args[0]), len(kwargs["labels"]), kwargs["scale"].ndim, kwargs["names"]) == (8, 8, 0, ["a"])
-    assert few([[image], {}])[1] == 6  # in all 4 MiB at most, but two
+    assert count == ROWS
+    assert (len(args[0]), len(kwargs["labels"]), kwargs["scale"].ndim, kwargs["names"]) == (ROWS, ROWS, 0, ["a"])
+    assert few([[image], {}])[1] == 3  # in all 4 MiB at most, but two
     assert few([[wide], {}])[1] == 2
     (args, _), count = few([[ids], {"grid": torch.zeros(4, 3)}])
     assert (len(args[0]), count) == (32, 4)  # what has no row each stays whole
@@ -215,6 +215,6 @@ def test_the_rows_are_the_batchs_where_a_cache_tries_the_model_in_the_same_call(
         callbacks = [*caches, adaptive] if cache_first else [adaptive, *caches]
         trainer = make_trainer(tmp_path, *callbacks, model=model, steps=5, per_device_train_batch_size=6)
         trainer.train()
-        assert len(kept_rows(trainer)) == 6
+        assert len(kept_rows(trainer)) == ROWS
         found.append(torch.tensor([list(own.similarities.values()) for own in policy.asked[1:]]))
     assert caches[0].hits and torch.allclose(*found, atol=1e-5)
