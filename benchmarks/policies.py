@@ -2,7 +2,7 @@
 
     python benchmarks/policies.py            # an hour on one core; writes docs/policies.md
     python benchmarks/policies.py --quick    # that it runs: one seed, few rows, nothing written to docs
-    python benchmarks/policies.py --tasks video
+    python benchmarks/policies.py --tasks news --only GradientNorm    # full fine-tuning and some of the ways
 
 Three tasks: the embedded model on the embedded news; a small ViT that knows the digits 0 to 4 and learns 5 to 9; a
 small VideoMAE that knows which way shapes move straight on, and learns the slanted ways besides. All ways are run in
@@ -262,6 +262,7 @@ def ways(task: Task) -> list[Way]:
     full, *schedules = task.fixed()
     policies: dict[str, Callable[[], FreezePolicy]] = {
         "`GradientNormFreezing(every=1, window=3)`": lambda: GradientNormFreezing(every=1, window=3),
+        "`GradientNormFreezing(every=2, window=3, percentile=75)`": lambda: GradientNormFreezing(2, 3, 75),
         "`PlasticityFreezing(every=5, window=2)`": lambda: PlasticityFreezing(every=5, window=2),
         "`AttentionFreezing(every=5)`": lambda: AttentionFreezing(every=5),
         "`RelativeGradientTuning(every=2)`": lambda: RelativeGradientTuning(every=2),
@@ -288,9 +289,10 @@ def rates(task: Task) -> None:
             print(f"{task.name}, {recipe.name}: rate {lr:g}: {seconds:.1f} s, accuracy {accuracy:.4f}", flush=True)
 
 
-def measured(task: Task, seeds: int, quick: bool) -> str:
+def measured(task: Task, seeds: int, only: str, quick: bool) -> str:
     """Returns the table of a task."""
-    every = ways(task)
+    full, *others = ways(task)
+    every = [full, *(way for way in others if only in way.name)]
     for seed in range(seeds + 1):
         data = task.data(seed, False)
         data = replace(data, train=data.train[:48], test=data.test[:32]) if quick else data
@@ -311,6 +313,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="Runs of each way.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of torch.")
     parser.add_argument("--tasks", nargs="+", default=[task.name for task in TASKS], help="Which tasks.")
+    parser.add_argument("--only", default="", help="Of the ways, those alone that have this in their names.")
     parser.add_argument("--rates", action="store_true", help="Choose rates for full fine-tuning, and end.")
     parser.add_argument("--quick", action="store_true", help="One seed, few rows.")
     options = parser.parse_args()
@@ -324,9 +327,9 @@ def main() -> None:
         return
     seeds = 1 if options.quick else options.seeds
     for task in tasks:
-        content = f"{measured(task, seeds, options.quick)}\n\n{note(task, options.threads, seeds)}"
+        content = f"{measured(task, seeds, options.only, options.quick)}\n\n{note(task, options.threads, seeds)}"
         print(content, flush=True)
-        if not options.quick:
+        if not (options.quick or options.only):
             write(PAGE, with_section(PAGE.read_text(encoding="utf-8"), f"policies {task.name}", content))
 
 
