@@ -272,7 +272,8 @@ class BottleneckConfig(PeftConfig):
 
 
 # `inspect` would go by `__new__`, which takes anything.
-BottleneckConfig.__signature__ = inspect.signature(BottleneckConfig.__init__)
+_init = inspect.signature(BottleneckConfig.__init__)
+BottleneckConfig.__signature__ = _init.replace(parameters=[*_init.parameters.values()][1:])
 
 
 def _reads_with_weights(read: Callable[..., Any]) -> Any:

@@ -252,7 +252,8 @@ def test_options_without_an_effect_are_refused(options, message):
 
 
 def test_its_signature_names_the_options():
-    assert "reduction_factor" in inspect.signature(BottleneckConfig).parameters
+    parameters = inspect.signature(BottleneckConfig).parameters
+    assert "reduction_factor" in parameters and "self" not in parameters
 
 
 def test_a_selector_that_can_not_be_read_is_refused_at_once():
