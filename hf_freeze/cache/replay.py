@@ -48,6 +48,8 @@ class Layout:
             second dimension where `by_tokens`); None where the embeddings have to run.
         row: The shape of a row of the output in the trial: where rows are not cut, `source` stands for such alone.
         shared: What the prefix reads besides its own parts, all frozen, such as a norm that its layers share.
+        rows: For each module of the layers in the prefix, the shape of a row of what it returns, where the model looks
+            at it: the stages of Swin count what each of them hands on. Then `row` is the one that can be served.
     """
 
     depth: int
@@ -59,6 +61,7 @@ class Layout:
     source: tuple[nn.Module, tuple[int, ...]] | None
     row: tuple[int, ...]
     shared: tuple[nn.Parameter, ...]
+    rows: tuple[tuple[int, ...], ...] = ()
 
 
 def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,12 +94,14 @@ def replaced(
         blank: Whether all that the prefix returns on the way is NaN: whoever reads it gives himself away.
     """
     modules = layer_modules(prefix, layout.depth)
+    nothing = hidden.new_full((), torch.nan if blank else 0)
     forwards = {module: _pass_on(form, blank) for module, form in zip(modules, layout.forms, strict=True)}
-    forwards[modules[-1]] = lambda *_, **__: _formed(hidden, layout.forms[-1])
+    for module, form, row in zip(modules, layout.forms, layout.rows, strict=False):
+        forwards[module] = _put(nothing.expand(rows, *row), form)
+    forwards[modules[-1]] = _put(hidden, layout.forms[-1])
     if layout.source is not None and (layout.by_tokens or hidden.shape[1:] == layout.row):
         module, rest = layout.source
-        shape = (rows, length, *rest) if layout.by_tokens else (rows, *rest)
-        forwards[module] = lambda *_, **__: hidden.new_full((), torch.nan if blank else 0).expand(shape)
+        forwards[module] = _put(nothing.expand(rows, *((length, *rest) if layout.by_tokens else rest)), None)
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
@@ -116,6 +121,10 @@ def _pass_on(form: tuple[type, int] | None, blank: bool) -> Any:
         return _formed(torch.full_like(hidden, torch.nan) if blank else hidden, form)
 
     return forward
+
+
+def _put(output: Tensor, form: tuple[type, int] | None) -> Any:
+    return lambda *_, **__: _formed(output, form)
 
 
 def _formed(hidden: Tensor, form: tuple[type, int] | None) -> Any:

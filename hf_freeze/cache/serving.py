@@ -290,6 +290,8 @@ class Server:
         self.counts.hits += len(rows) - misses
         parts = [known[row.key] for row in rows]
         hidden = _joined(layout, rows, parts, inputs[MASK].shape[1] if layout.by_tokens else 0)
+        if layout.rows and hidden.shape[1:] != layout.row:
+            raise Unfit("its layers count what they hand on, and these inputs have another size than the first ones")
         hidden = hidden.to(next(self.prefix.entry.parameters()).device)
         return hidden.requires_grad_() if layout.needs_grad and torch.is_grad_enabled() else hidden
 

@@ -70,11 +70,24 @@ def examine(model: nn.Module, prefix: Prefix, depth: int, args: tuple[Any, ...],
             seen = _watch(model, prefix, depth, call)
         layout = _layout(prefix, depth, seen)
         _require_still(prefix, depth, seen)
-        if not _same(_replay(model, prefix, layout, seen.hidden, seen), seen.result):
+        try:
+            result = _replay(model, prefix, layout, seen.hidden, seen)
+        except Unfit:  # it looks at what its layers hand on, and not at their last output alone
+            layout = _with_rows(layout, seen)
+            result = _replay(model, prefix, layout, seen.hidden, seen)
+        if not _same(result, seen.result):
             raise Unfit("what follows its frozen part reads more than the hidden states of the last layer")
         if layout.by_tokens and not _ignores_padding(model, prefix, layout, seen):
             layout = replace(layout, by_tokens=False, source=None)
         return _with_first_token(model, prefix, layout, seen)
+
+
+def _with_rows(layout: Layout, seen: _Watched) -> Layout:
+    """Returns the layout with the shape of a row behind each layer; not where rows are cut, and so of any length."""
+    shapes = [_hidden(output).shape for output in seen.outputs]
+    if layout.by_tokens or any(shape[:1] != (batch_size(seen.inputs),) for shape in shapes):
+        return layout
+    return replace(layout, rows=tuple(tuple(shape[1:]) for shape in shapes))
 
 
 def _require_still(prefix: Prefix, depth: int, seen: _Watched) -> None:

@@ -40,6 +40,7 @@ DISENTANGLED = {
     "share_att_key": True,
     "position_buckets": 8,
 }
+TWO_STAGES = {"image_size": IMAGE, "depths": [2, 2], "num_heads": [2, 2], "drop_path_rate": 0.0}
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ CASES = [
     Case("vit", AutoModelForImageClassification, ONE, data=IMAGES),
     Case("vit", AutoModelForImageClassification, "base", data=IMAGES),
     Case("resnet", AutoModelForImageClassification, "embeddings, layers[:2]", data=IMAGES),
+    Case("swin", AutoModelForImageClassification, "embeddings, layers[:3]", data=IMAGES, config=TWO_STAGES),
     Case("t5", SEQ2SEQ, "embeddings, encoder.layers[:1]", 0, MORE, PAIRS, STARTED),
     Case("t5", SEQ2SEQ, "embeddings, layers[:1]", 0, MORE, PAIRS, STARTED),
     Case("bart", SEQ2SEQ, "embeddings, encoder.layers", 1, r"decoder\.layers\[0\] trains", PAIRS),
@@ -172,6 +174,19 @@ def test_it_is_trained_as_without_the_cache_or_left_alone_with_a_reason(case: Ca
     assert any(re.search(case.reason, reason) for reason in cache.reasons), cache.reasons
 
 
+def test_images_of_another_size_are_computed_where_the_layers_count_what_they_hand_on() -> None:
+    model = tiny_model("swin", AutoModelForImageClassification, **TWO_STAGES)
+    freeze(model, "embeddings, layers[:3]")
+    small, large = torch.randn(2, 3, IMAGE, IMAGE), torch.randn(2, 3, 2 * IMAGE, 2 * IMAGE)
+    with torch.no_grad():
+        expected = [model(images).logits for images in (small, large, small)]
+        with PrefixCache(model) as cache, pytest.warns(UserWarning, match="another size than the first ones"):
+            found = [model(images).logits for images in (small, large, small)]
+
+    torch.testing.assert_close(found, expected)
+    assert (cache.hits, cache.passed) == (2, 2)
+
+
 # Types whose first layer's output is not kept, and what is told. All others are served.
 RANDOM, FEWER = "its frozen part draws random numbers", "some of its layers were not called"
 ASIDE = {
@@ -180,7 +195,6 @@ ASIDE = {
     **dict.fromkeys(("gpt_neo", "gptj", "bloom", "wavlm", "pvt", "segformer", "rembert"), MORE),
     **dict.fromkeys(("t5", "mt5"), MORE),
     "zamba2": "what follows its frozen part reads more than the hidden states of the last layer",
-    "cvt": "it fails without its frozen part",
     **dict.fromkeys(("convnext", "convnextv2", "squeezebert"), FEWER),  # a layer is several modules
     # dropout between embeddings and layers, by the module that holds both and still trains
     **dict.fromkeys(("xlm", "bart", "mbart", "pegasus", "funnel", "speech_to_text"), RANDOM),
