@@ -34,7 +34,7 @@ PAGES = {
     ),
     "How-to guides": (
         "adapterhub", "howto/peft-lora", "howto/hand-written-loop", "howto/several-processes", "howto/trl",
-        "howto/resume",
+        "howto/resume", "federated",
     ),
     "Manual": (
         "selectors", "freezing", "adapters", "staged-unfreezing", "policies", "prefix-cache", "plan", "audit", "report",
@@ -42,6 +42,7 @@ PAGES = {
     ),
     "Explanation": (
         "explanation/layer-map", "explanation/union-and-regroup", "explanation/eval-mode", "explanation/exact-cache",
+        "architecture",
     ),
     "Reference": ("command-line", "api", "architectures"),
     "Measured": ("demo", "benchmarks", "claims"),
@@ -52,10 +53,13 @@ ALSO = {
     "auto": ["AutoFreezeModelForSequenceClassification"],
     "certify": ["Certificate"],
     "data": ["compute_metrics", "embedded_model_path", "load_corpus", "tokenize"],
+    "federated": [
+        "travelling_tensors", "base_hash", "to_arrays", "load_arrays", "traffic", "train_round", "ProximalTerm",
+    ],
     "policies.protocol": ["Part"],
     "recipes.parts": ["TextSource"],
     "summary": ["Summary"],
-}
+}  # fmt: skip
 
 
 def add_contents(app, docname, source):
@@ -114,7 +118,14 @@ def draw_tables(app, what, name, obj, options, lines):
     lines[:] = drawn
 
 
+def set_equations(app, what, name, obj, options, lines):
+    """Leaves equations and diagrams, which docstrings indent, as they are written, line by line."""
+    text = "\n".join(lines)
+    lines[:] = re.sub(r"(?m)^(?![ :*.|-])(.+)\n\n(?=    (?!>>>)\S)", r"\1\n\n::\n\n", text).split("\n")
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", set_equations)
     app.connect("autodoc-process-docstring", draw_tables)
     app.connect("config-inited", bring_notebooks)
     app.connect("source-read", add_contents)
