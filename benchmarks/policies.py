@@ -262,7 +262,6 @@ def ways(task: Task) -> list[Way]:
     full, *schedules = task.fixed()
     policies: dict[str, Callable[[], FreezePolicy]] = {
         "`GradientNormFreezing(every=1, window=3)`": lambda: GradientNormFreezing(every=1, window=3),
-        "`GradientNormFreezing(every=2, window=3, percentile=75)`": lambda: GradientNormFreezing(2, 3, 75),
         "`PlasticityFreezing(every=5, window=2)`": lambda: PlasticityFreezing(every=5, window=2),
         "`AttentionFreezing(every=5)`": lambda: AttentionFreezing(every=5),
         "`RelativeGradientTuning(every=2)`": lambda: RelativeGradientTuning(every=2),
