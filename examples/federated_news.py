@@ -46,9 +46,8 @@ def environment(home: str, port: int) -> dict[str, str]:
     """Returns the environment of Flower's processes: a home of their own with the link's address, and no telemetry."""
     link = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{HERE}:{port}"\ninsecure = true\n'
     Path(home, "config.toml").write_text(link)
-    path = f"{PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}"
     flower = {"FLWR_HOME": home, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    return {**os.environ, **flower, "TMPDIR": home, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **flower, "TMPDIR": home, "PATH": f"{PROGRAMS}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
 
 
 def start(log: TextIO, env: dict[str, str], name: str, *options: str) -> subprocess.Popen:
@@ -116,4 +115,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it stops what it has started
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import tomllib
+import venv
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -548,6 +550,27 @@ def test_a_run_that_saves_nothing_has_failed(tmp_path, monkeypatch):
     finally:
         launcher.stop([link, lives])
     assert link.poll() is not None and lives.poll() is not None
+
+
+def test_a_launcher_that_is_stopped_stops_what_it_has_started(tmp_path, in_time):
+    venv.create(tmp_path, symlinks=True)  # the launcher itself needs no package
+    for name in ("flwr", "flower-superlink", "flower-supernode"):
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
+        program.chmod(0o755)
+    started = tmp_path / "started"
+    command = [tmp_path / "bin" / "python", EXAMPLES / "federated_news.py", "--clients", "2"]
+    launcher = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while not started.exists() or started.read_text().count("\n") < 3:  # until the time is up
+            time.sleep(0.05)
+    finally:
+        launcher.terminate()
+        launcher.wait(timeout=30)
+
+    for process in started.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
 
 
 @pytest.fixture
