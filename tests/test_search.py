@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial, TrialState
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, default_data_collator
 
 from hf_freeze import BottleneckConfig, Recipe, SearchBudget, SearchPoint, SearchSpace, cli, search
 from hf_freeze.data import embedded_model_path, load_corpus
@@ -29,7 +29,7 @@ from hf_freeze.searching import judging, searcher
 from hf_freeze.searching.files import write
 from hf_freeze.searching.front import pareto
 from hf_freeze.searching.judging import Behind, Judge, Refused
-from hf_freeze.searching.pace import Pace
+from hf_freeze.searching.pace import Pace, measure
 from hf_freeze.searching.space import frozen
 from hf_freeze.searching.study import MOST_TRIES, PACE, REFUSED, STOPPED, WORKER, Desk, read_result
 
@@ -638,3 +638,10 @@ def test_what_all_workers_share_is_measured_once(tmp_path):
         assert other.begin(lambda: pytest.fail(), lambda: pytest.fail()) == Pace(2, 1.0, 2.0)
         assert PACE in one.study.user_attrs
         assert one.take().user_attrs[WORKER] != other.take().user_attrs[WORKER]
+
+
+def test_the_pace_is_measured_without_a_bar_which_a_notebook_would_keep(monkeypatch):
+    monkeypatch.setattr("hf_freeze.cache.callback.tqdm", None)
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=2, hidden_size=12, vocab_size=9))
+    rows = [{"input_ids": [1 + row % 7, 2 + row % 5, row % 3]} for row in range(80)]
+    assert measure(model, 2, Cache(), rows, default_data_collator, batch_size=16).deep > 0

@@ -169,20 +169,31 @@ class PrefixCache(TrainerCallback):
         Raises:
             CacheError: the cache is not attached to a model, as it is inside ``with PrefixCache(model)``.
         """
+        with tqdm(total=len(dataset), desc="prefix", unit="row") as bar:
+            for count in self.fill(dataset, collator, batch_size):
+                bar.update(count)
+
+    def fill(
+        self,
+        dataset: Sequence[Mapping[str, Any]],
+        collator: Callable[[list[Any]], Mapping[str, Any]],
+        batch_size: int,
+    ) -> Iterator[int]:
+        """Does what `warm` does, a batch at a time and without a bar; yields how many rows each had."""
         if not self._servers:
             raise CacheError(
                 "The cache is attached to no model. Call warm() inside `with PrefixCache(model) as cache:`."
             )
         model = self._servers[0].model
         order = sorted(range(len(dataset)), key=lambda index: _length(dataset[index]))
-        with self._only_filling(model), tqdm(total=len(order), desc="prefix", unit="row") as bar:
+        with self._only_filling(model):
             for begin in range(0, len(order), batch_size):
                 rows = [dataset[index] for index in order[begin : begin + batch_size]]
                 batch = collator(rows)
                 device = next(model.parameters()).device
                 with suppress(Done):
                     model(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()})
-                bar.update(len(rows))
+                yield len(rows)
 
     @contextmanager
     def _only_filling(self, model: nn.Module) -> Iterator[None]:

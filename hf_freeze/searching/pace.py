@@ -8,11 +8,9 @@ is run by itself, and how much it finds hangs on which trials came before. So th
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +66,11 @@ def measure(
     def seconds(depth: int) -> float:
         freeze(model, str(frozen(depth)))
         own = PrefixCache(model, cache.dtype, cache.prefix_dtype, cache.memory)
-        with own, warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # its progress bar
+        with own, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            own.warm(rows[:FIRST], collator, batch_size)
+            sum(own.fill(rows[:FIRST], collator, batch_size))
             tried, begin = own.misses, time.perf_counter()
-            own.warm(rows[FIRST : FIRST + ROWS], collator, batch_size)
+            sum(own.fill(rows[FIRST : FIRST + ROWS], collator, batch_size))
             took, done = time.perf_counter() - begin, own.misses - tried
         unfreeze(model, "all")
         return took / done if done else 0.0
