@@ -17,10 +17,10 @@ from transformers import (
 )
 
 SIZES = {
-    **{"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "tie_word_embeddings": True},
+    **{"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "tie_word_embeddings": True},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024},
 }
-WORDS = 4000
+WORDS, STEPS = 1000, 400
 
 
 def bpe_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -45,7 +45,7 @@ def blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 
 
 def small_language_model(texts: Sequence[str], folder: Path, length: int, seed: int) -> str:
-    """Returns the folder of a Qwen3 of 1.5 million parameters, which is trained on the texts if it is not there yet."""
+    """Returns the folder of a Qwen3 of half a million parameters, which is trained on the texts if it is not there yet."""
     if (folder / "config.json").is_file():
         return str(folder)
     tokenizer = bpe_tokenizer(texts)
@@ -54,8 +54,8 @@ def small_language_model(texts: Sequence[str], folder: Path, length: int, seed: 
     rows = rows.add_column("labels", rows[:]["input_ids"])
     arguments = TrainingArguments(
         str(folder),
-        max_steps=200,
-        learning_rate=3e-3,
+        max_steps=STEPS,
+        learning_rate=5e-3,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         per_device_train_batch_size=16,

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, callbacks = AutoFreezeModelForQuestionAnswering.from_pretrained(base, **options), []
     trainer = Trainer(
         model,
-        TrainingArguments(**run_options(args), learning_rate=1e-3),
+        TrainingArguments(**run_options(args), learning_rate=3e-3),
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=train,
         callbacks=callbacks,

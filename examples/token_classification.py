@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def score(found: EvalPrediction) -> dict[str, float]:
         kept, both = found.label_ids != -100, (found.label_ids, found.predictions.argmax(-1))
         true, guessed = ([[names[at] for at in row[keep]] for row, keep in zip(own, kept, strict=True)] for own in both)
-        if metric:
+        if metric is not None:  # an empty one is falsy
             scores = metric.compute(references=true, predictions=guessed)
             return {name: own for name, own in scores.items() if isinstance(own, float)}
         measures = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trainer = Trainer(
         model,
-        TrainingArguments(**run_options(args), learning_rate=1e-3),
+        TrainingArguments(**run_options(args), learning_rate=3e-3),
         data_collator=DataCollatorForTokenClassification(tokenizer),
         train_dataset=train,
         compute_metrics=score,
