@@ -52,6 +52,7 @@ PAGES = {
 ALSO = {
     "auto": ["AutoFreezeModelForSequenceClassification"],
     "certify": ["Certificate"],
+    "conditions": ["Plateau"],
     "data": ["compute_metrics", "embedded_model_path", "load_corpus", "tokenize"],
     "federated": [
         "travelling_tensors", "base_hash", "to_arrays", "load_arrays", "traffic", "train_round", "ProximalTerm",
