@@ -42,7 +42,7 @@ from hf_freeze.federated import (
 )
 
 APP = EXAMPLES / "federated"
-SECONDS = 120  # for a federation that takes 40 or so
+SECONDS = 240  # at most, for a federation
 needs_flwr = pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="needs the extra 'federated'")
 
 
