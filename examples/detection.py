@@ -28,7 +28,7 @@ SMALL = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 3], "laye
 # of each head: what makes it, where its backbone is, and how it is trained unless told otherwise
 HEADS = {
     "convolutional": (Convolutional, "backbone", {"epochs": 12, "lr": 2e-3}),
-    "detr": (detr, "model.backbone.model", {"epochs": 30, "lr": 5e-4}),
+    "detr": (detr, "model.backbone.model", {"epochs": 20, "lr": 5e-4}),
 }
 WAYS = {"everything trains": (False, False), "backbone frozen": (True, False), "backbone frozen, cached": (True, True)}
 
@@ -86,7 +86,7 @@ def compare(args: argparse.Namespace) -> list[Row]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = arguments(__doc__, 0, 6, 0, "detection")
+    parser = arguments(__doc__, 0, 15, 0, "detection")
     parser.add_argument("--head", choices=HEADS, default="convolutional", help="what finds the shapes")
     head = parser.parse_known_args(argv)[0].head
     parser.set_defaults(size=64, batch_size=16, **HEADS[head][2])

@@ -41,7 +41,7 @@ def load(name: str, adapters: str | None) -> PreTrainedModel:
     options = {"num_labels": len(SECOND), "ignore_mismatched_sizes": True}
     if adapters is None:
         return AutoModelForImageClassification.from_pretrained(name, **options)
-    config = BottleneckConfig(layers=adapters, bottleneck_size=16)
+    config = BottleneckConfig(layers=adapters, bottleneck_size=32)
     return AutoFreezeModelForImageClassification.from_pretrained(name, freeze="base", adapter=config, **options)
 
 
@@ -52,7 +52,7 @@ def compare(args: argparse.Namespace) -> list[Row]:
     name = pretrained(small, *digits(FIRST, args.size), args) if args.model == "made" else args.model
     train, test = digits(SECOND, args.size)
     depth = len(layer_map(load(name, None)).layers)
-    top = f"layers[-{max(1, depth // 3)}:]"
+    top = f"layers[-{max(1, depth // 2)}:]"
     rows = []
     for way, adapters, cache in (
         ("everything trains", None, None),
@@ -74,7 +74,7 @@ def compare(args: argparse.Namespace) -> list[Row]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__, 10, 20, 5e-4, "image_adapters")
     parser.add_argument("--architecture", choices=SMALL, default="vit", help="what is made")
-    parser.add_argument("--adapter-lr", type=float, default=3e-3, help="learning rate of adapters and their head")
+    parser.add_argument("--adapter-lr", type=float, default=1e-2, help="learning rate of adapters and their head")
     return parser.parse_args(argv)
 
 
