@@ -13,6 +13,7 @@ SIZES = {
         **{"encoder_ffn_dim": 256, "decoder_ffn_dim": 256, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
     },
 }
+RATES = {"t5": 2e-3, "bart": 1e-3}  # at which each learns to copy
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
 
 
@@ -36,6 +37,6 @@ def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def copies(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Returns three to eight words of the texts each, in any order."""
+    """Returns two to four words of the texts each, in any order."""
     words, draw = sorted({word for text in texts for word in text.split()}), random.Random(seed)
-    return [" ".join(draw.choices(words, k=draw.randint(3, 8))) for _ in range(count)]
+    return [" ".join(draw.choices(words, k=draw.randint(2, 4))) for _ in range(count)]

@@ -46,7 +46,7 @@ def questions(texts: Sequence[str]) -> list[dict]:
     return rows
 
 
-def telegrams(texts: Sequence[str], longest: int = 8, vocabulary: int = 300) -> list[dict[str, str]]:
+def telegrams(texts: Sequence[str], longest: int = 4, vocabulary: int = 100) -> list[dict[str, str]]:
     """Returns pieces of texts, of their most frequent words alone, with what is left of them without small words."""
     words = [word for text in texts for word in re.findall("[a-z]+", text.lower())]
     known = {word for word, _ in Counter(words).most_common(vocabulary)}

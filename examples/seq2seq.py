@@ -1,10 +1,10 @@
 """Teaches an encoder-decoder something new by adapters in both, and lets it write while it is evaluated.
 
-The model is a small T5 or BART that is first taught to write down what it reads, for about half a minute. The adapters
+The model is a small BART or T5 that is first taught to write down what it reads, for about half a minute. The adapters
 then teach it to write telegrams, without the small words:
 
     python examples/seq2seq.py
-    python examples/seq2seq.py --architecture bart
+    python examples/seq2seq.py --architecture t5
     python examples/seq2seq.py --model google-t5/t5-small --dataset EdinburghNLP/xsum --text-column document \\
         --target-column summary --prefix "summarize: " --max-length 512 --metric rouge
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import evaluate
 import numpy as np
 from datasets import Dataset
-from made_seq2seq import copies, small_seq2seq
+from made_seq2seq import RATES, copies, small_seq2seq
 from made_texts import telegrams
 from peft import get_peft_model
 from text_parts import add_options, overlap, read, run_options
@@ -36,11 +36,11 @@ from hf_freeze import BottleneckConfig, trainable_summary
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("seq2seq.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=("t5", "bart"), default="t5", help="the model that is made")
+    parser.add_argument("--architecture", choices=RATES, default="bart", help="the model that is made")
     parser.add_argument("--text-column", default="text", help="the column with what is read")
     parser.add_argument("--target-column", default="short", help="the column with what is to be written")
     parser.add_argument("--prefix", default="", help="what to put before each text")
-    add_options(parser, limit=2000, epochs=4, max_length=32, model="made")
+    add_options(parser, limit=1000, epochs=6, max_length=32, model="made")
     return parser.parse_args(argv)
 
 
@@ -78,9 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = [[args.prefix + text for text in rows[:][args.text_column]] for rows in splits]
     if args.model == "made":
         base, tokenizer = small_seq2seq(args.architecture, texts[0] + texts[1])
-        same = copies(texts[0], 10 * args.limit, args.seed)
+        same = copies(texts[0], 40 * args.limit, args.seed)
         rows = encode(same, same, tokenizer, args.max_length)
-        make_trainer(base, tokenizer, rows, args, learning_rate=2e-3, num_train_epochs=1).train()
+        run = {"learning_rate": RATES[args.architecture], "warmup_steps": 50, "num_train_epochs": 1}
+        make_trainer(base, tokenizer, rows, args, **run).train()
     else:
         base, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
     train, test = (

@@ -147,7 +147,7 @@ def test_language_model_serves_each_row_by_its_adapter(tmp_path, capsys, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["t5", "bart"])
 def test_seq2seq_writes_otherwise_with_its_adapters(architecture, tmp_path, capsys):
-    load("seq2seq").main(["--architecture", architecture, "--limit", "100", "--epochs", "4", "--output", str(tmp_path)])
+    load("seq2seq").main(["--architecture", architecture, "--limit", "40", "--epochs", "4", "--output", str(tmp_path)])
 
     shown = capsys.readouterr().out
     assert len(numbers(r"test exact (\d\.\d+), test f1 \d", shown)) == 2
