@@ -104,7 +104,7 @@ def test_a_model_of_timm_or_torchvision_gets_a_head_for_the_new_classes(library,
 
 
 @pytest.mark.slow
-def test_image_classification_takes_models_of_the_form_of_timm_and_torchvision(tmp_path, monkeypatch):
+def test_image_classification_takes_models_of_the_form_of_timm_and_torchvision(tmp_path, monkeypatch, recwarn):
     example = load("image_classification")
     monkeypatch.setattr(example, "load_classifier", lambda name, classes: parts.Plain(Stages(classes)))
     small = ["--model", "timm:any", "--limit", "160", "--epochs", "2", "--output", str(tmp_path)]
@@ -116,6 +116,7 @@ def test_image_classification_takes_models_of_the_form_of_timm_and_torchvision(t
     assert rows["all but the last stage frozen, by hand"].drift > 0
     assert rows["all but the last stage frozen"].drift == rows["the same, cached"].drift == 0
     assert rows["unfrozen stage by stage"].share == 1
+    assert not [warning for warning in recwarn if "prefix cache" in str(warning.message)]
 
 
 @pytest.mark.slow

@@ -109,6 +109,8 @@ def _still_holds(own: dict[str, Any], before: tuple[Any, ...]) -> bool:
 
 def _acts_in_training(module: nn.Module) -> bool:
     """Tells whether a module may do something else in train mode: any but containers and plain maps."""
+    if type(module).forward is nn.Sequential.forward:  # what it holds is looked at by itself
+        return False
     return not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterDict | nn.Linear | nn.Embedding)
 
 
