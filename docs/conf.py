@@ -34,7 +34,7 @@ PAGES = {
     ),
     "How-to guides": (
         "adapterhub", "howto/peft-lora", "howto/hand-written-loop", "howto/several-processes", "howto/trl",
-        "howto/resume", "federated", "video", "speech", "language-models", "scripts",
+        "howto/resume", "federated", "vision", "video", "speech", "language-models", "scripts",
     ),
     "Manual": (
         "selectors", "freezing", "adapters", "staged-unfreezing", "policies", "prefix-cache", "plan", "audit", "report",
