@@ -45,7 +45,7 @@ def blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
 
 
 def small_language_model(texts: Sequence[str], folder: Path, length: int, seed: int) -> str:
-    """Returns the folder of a Qwen3 of half a million parameters, which is trained on the texts if it is not there yet."""
+    """Returns the folder of a Qwen3 of half a million parameters, trained on the texts if it is not there yet."""
     if (folder / "config.json").is_file():
         return str(folder)
     tokenizer = bpe_tokenizer(texts)
