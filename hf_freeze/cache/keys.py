@@ -21,6 +21,9 @@ from torch import Tensor
 KEY_BYTES = 16
 MASK = "attention_mask"
 _PLAIN = (bool, int, float, str)
+# The Trainer tells the loss how many labels a batch has. Models hand it on to all that they call (transformers 5.23), and
+# as part of a key it would make rows strangers in every batch but their first.
+_OF_LOSS = "num_items_in_batch"
 
 
 class Row(NamedTuple):
@@ -89,7 +92,7 @@ def read_rows(inputs: Mapping[str, Any], by_tokens: bool) -> list[Row]:
             what lies between its first and its last token; else a row is all of it.
     """
     rows = batch_size(inputs)
-    given = {name: value for name, value in sorted(inputs.items()) if value is not None}
+    given = {name: value for name, value in sorted(inputs.items()) if value is not None and name != _OF_LOSS}
     spans, length = _spans(given[MASK]) if by_tokens else ([(0, 0)] * rows, 0)
     common = hashlib.blake2b(digest_size=KEY_BYTES)
     own: list[tuple[Any, int]] = []  # bytes by row, and how many a token has: 0 where a row is not cut

@@ -40,3 +40,13 @@ def test_dtype_start_and_other_inputs_count() -> None:
         {**inputs, "flag": True},
     ]
     assert len({read_rows(variant, by_tokens=True)[0].key for variant in variants}) == len(variants)
+
+
+def test_what_the_trainer_tells_the_loss_of_a_batch_is_no_part_of_a_key() -> None:
+    rows = {"pixel_values": torch.arange(6.0).view(2, 3)}
+    keys = [
+        [row.key for row in read_rows({**rows, **more}, by_tokens=False)] for more in ({}, {"num_items_in_batch": 31})
+    ]
+    keys.append([row.key for row in read_rows({**rows, "num_items_in_batch": torch.tensor(32)}, by_tokens=False)])
+
+    assert keys[0] == keys[1] == keys[2]
