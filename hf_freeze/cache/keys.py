@@ -21,7 +21,7 @@ from torch import Tensor
 KEY_BYTES = 16
 MASK = "attention_mask"
 _PLAIN = (bool, int, float, str)
-# The Trainer tells the loss how many labels a batch has. Models hand it on to all that they call (transformers 5.23), and
+# The Trainer tells the loss how many labels a batch has. Models hand it on to all that they call (transformers 5.23);
 # as part of a key it would make rows strangers in every batch but their first.
 _OF_LOSS = "num_items_in_batch"
 
