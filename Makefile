@@ -49,4 +49,4 @@ notebooks: $(STAMP) ## Runs the notebooks anew and keeps their outputs
 	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 clean: ## Removes what the other targets made
-	rm -rf $(VENV) outputs notebooks/outputs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs notebooks/outputs docs/_build docs/notebooks .pytest_cache .mypy_cache .ruff_cache .hypothesis
