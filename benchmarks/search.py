@@ -7,7 +7,7 @@ each by itself and with an empty cache, with several seeds, and tested on the te
 before. Prints Markdown.
 
     python benchmarks/search.py            # half an hour on 2 cores
-    python benchmarks/search.py --limit 400 --threads 1    # some ten minutes on one core
+    python benchmarks/search.py --limit 400 --max-length 32 --threads 1    # some ten minutes on one core
     python benchmarks/search.py --quick    # a minute or two: that it runs, no figures to go by
 """
 
@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few texts and trials: that it runs")
     parser.add_argument("--limit", type=int, help="at most so many training texts; all unless told")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--folder", help="where the search lies, to go on with it; a temporary one unless told")
     arguments = parser.parse_args()
@@ -104,7 +105,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     base = replace(Recipe.from_preset("fast"), dataset=TextSource("embedded", limit=40 if quick else arguments.limit))
-    base = replace(base, max_length=16) if quick else base
+    base = replace(base, max_length=16 if quick else arguments.max_length)
     trials, seeds = (4, (0,)) if quick else (TRIALS, SEEDS)
     with tempfile.TemporaryDirectory() as scratch:
         found = search(base, budget=SearchBudget(trials=trials), folder=arguments.folder or scratch)
