@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few texts and trials: that it runs")
     parser.add_argument("--limit", type=int, help="at most so many training texts; all unless told")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of what the search draws")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--folder", help="where the search lies, to go on with it; a temporary one unless told")
     arguments = parser.parse_args()
@@ -104,7 +105,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    base = replace(Recipe.from_preset("fast"), dataset=TextSource("embedded", limit=40 if quick else arguments.limit))
+    base = replace(
+        Recipe.from_preset("fast"),
+        seed=arguments.seed,
+        dataset=TextSource("embedded", limit=40 if quick else arguments.limit),
+    )
     base = replace(base, max_length=16 if quick else arguments.max_length)
     trials, seeds = (4, (0,)) if quick else (TRIALS, SEEDS)
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,7 +118,8 @@ def main() -> None:
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, "
-        f"{versions}. BBC News, {len(corpus_of(base).train.texts)} training texts of {base.max_length} tokens, seed 0; "
+        f"{versions}. BBC News, {len(corpus_of(base).train.texts)} training texts of {base.max_length} tokens, seed "
+        f"{base.seed}; "
         f"{trials} trials, {found.stopped} of them stopped half-way.\n\n"
         f"| trial | recipe | trainable | accuracy, validation | seconds |\n|---:|---|---:|---:|---:|"
     )
