@@ -93,17 +93,23 @@ def data_of(task: Task, seed: int, quick: bool) -> Data:
     return replace(data, train=data.train[:48], test=data.test[:32]) if quick else data
 
 
+def accuracies(recipes: dict[str, Recipe], seeds: range, quick: bool) -> dict[str, list[float]]:
+    """Returns the accuracies on news of recipes, run in turns with each seed."""
+    found: dict[str, list[float]] = {name: [] for name in recipes}
+    for seed in seeds:
+        data = data_of(NEWS, seed, quick)
+        for name, recipe in recipes.items():
+            found[name].append(trained(replace(recipe, seed=seed), data, [])[1])
+    return found
+
+
 def adapters(seeds: range, quick: bool) -> tuple[str, bool]:
     """Bottleneck adapters of 3% beside full fine-tuning."""
     full, *_ = NEWS.fixed()
     preset = Recipe.from_preset("adapters")
     wide = replace(preset, adapter=replace(preset.adapter, bottleneck_size=128))
-    found: dict[str, list[float]] = {"full": [], "adapters": []}
-    for seed in seeds:
-        data = data_of(NEWS, seed, quick)
-        for name, recipe in (("full", full), ("adapters", wide)):
-            found[name].append(trained(replace(recipe, seed=seed), data, [])[1])
-    share = trainable_summary(wide.apply(data.model())).share
+    found = accuracies({"full": full, "adapters": wide}, seeds, quick)
+    share = trainable_summary(wide.apply(data_of(NEWS, 0, quick).model())).share
     kept = mean(found["adapters"]) / mean(found["full"])
     return (
         f"{share:.1%} of the parameters, in {preset.epochs:g} epochs: {spread(found['adapters'], 4)}, "
@@ -115,11 +121,7 @@ def adapters(seeds: range, quick: bool) -> tuple[str, bool]:
 def gradual(seeds: range, quick: bool) -> tuple[str, bool]:
     """Gradual unfreezing beside full fine-tuning."""
     full, by_stages, _ = NEWS.fixed()
-    found: dict[str, list[float]] = {"full": [], "gradual": []}
-    for seed in seeds:
-        data = data_of(NEWS, seed, quick)
-        for name, recipe in (("full", full), ("gradual", by_stages)):
-            found[name].append(trained(replace(recipe, seed=seed), data, [])[1])
+    found = accuracies({"full": full, "gradual": by_stages}, seeds, quick)
     points = 100 * (mean(found["gradual"]) - mean(found["full"]))
     return (
         f"gradual {spread(found['gradual'], 4)}, all at once {spread(found['full'], 4)}: {points:+.2f} points",

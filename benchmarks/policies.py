@@ -130,8 +130,8 @@ class Way:
 
     def run(self, seed: int, data: Data) -> None:
         """Trains once more."""
-        deciding = [AdaptiveFreezing(self.policy())] if self.policy else []
-        seconds, accuracy = trained(replace(self.recipe, seed=seed), data, [*deciding, *self._caching()])
+        deciding, caching = self._callbacks()
+        seconds, accuracy = trained(replace(self.recipe, seed=seed), data, [*deciding, *caching])
         self.seconds.append(seconds)
         self.accuracy.append(accuracy)
         self.measuring += [own.seconds / seconds for own in deciding]
@@ -139,13 +139,13 @@ class Way:
 
     def count(self, seed: int, data: Data) -> None:
         """Trains once more, and counts the operations of that."""
-        deciding = [AdaptiveFreezing(self.policy())] if self.policy else []
+        deciding, caching = self._callbacks()
         with FlopCounterMode(display=False) as counter:
-            trained(replace(self.recipe, seed=seed), replace(data, test=[]), [*deciding, *self._caching()])
+            trained(replace(self.recipe, seed=seed), replace(data, test=[]), [*deciding, *caching])
         self.flops = counter.get_total_flops()
 
-    def _caching(self) -> list[TrainerCallback]:
-        return [PrefixCache()] if self.cached else []
+    def _callbacks(self) -> tuple[list[AdaptiveFreezing], list[PrefixCache]]:
+        return [AdaptiveFreezing(self.policy())] if self.policy else [], [PrefixCache()] if self.cached else []
 
     def row(self, full: Way) -> str:
         """Returns its row of the table, beside full fine-tuning."""

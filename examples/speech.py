@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from made_signals import CONTOURS, log_mel, tones
-from transformers import AutoConfig, AutoModelForAudioClassification, Trainer, TrainingArguments, set_seed
+from signal_parts import make_trainer
+from transformers import AutoConfig, AutoModelForAudioClassification, set_seed
 
 from hf_freeze import Stage, StagedUnfreezing, layer_map
-from hf_freeze.data import compute_metrics
 
 SIZES = {
     "wav2vec2": {
@@ -58,23 +58,6 @@ def sounds(count: int, model: torch.nn.Module, seed: int, contours: Sequence[str
         config = model.config
         waves = log_mel(waves, config.num_mel_bins, seconds=config.max_source_positions // 50)
     return [{taken: wave, "labels": int(label)} for wave, label in zip(waves, labels, strict=True)]
-
-
-def make_trainer(model, rows: list[dict], args: argparse.Namespace, epochs: float, lr: float, *callbacks) -> Trainer:
-    arguments = TrainingArguments(
-        str(args.output / "checkpoints"),
-        num_train_epochs=epochs,
-        learning_rate=lr,
-        warmup_steps=10,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=64,
-        logging_steps=20,
-        save_strategy="no",
-        report_to=[],
-        seed=args.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    return Trainer(model, arguments, train_dataset=rows, compute_metrics=compute_metrics, callbacks=list(callbacks))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,12 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from made_signals import SLANTED, STRAIGHT, moving_shapes
-from transformers import AutoConfig, AutoModelForVideoClassification, Trainer, TrainingArguments, set_seed
+from signal_parts import make_trainer
+from transformers import AutoConfig, AutoModelForVideoClassification, set_seed
 
 from hf_freeze import AdaptiveFreezing, AttentionFreezing, PrefixCache
-from hf_freeze.data import compute_metrics
 
 ALL = STRAIGHT + SLANTED
 SIZES = {
@@ -48,23 +47,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def videos(count: int, config: AutoConfig, seed: int, motions: Sequence[str]) -> list[dict]:
     made, labels = moving_shapes(count, config.num_frames, config.image_size, seed, motions)
     return [{"pixel_values": video, "labels": int(label)} for video, label in zip(made - 0.2, labels, strict=True)]
-
-
-def make_trainer(model, rows: list[dict], args: argparse.Namespace, epochs: float, lr: float, *callbacks) -> Trainer:
-    arguments = TrainingArguments(
-        str(args.output / "checkpoints"),
-        num_train_epochs=epochs,
-        learning_rate=lr,
-        warmup_steps=10,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=64,
-        logging_steps=20,
-        save_strategy="no",
-        report_to=[],
-        seed=args.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    return Trainer(model, arguments, train_dataset=rows, compute_metrics=compute_metrics, callbacks=list(callbacks))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
